@@ -1,0 +1,204 @@
+"""Sampling by time stamps, letterboxing, rotation, and what goes wrong with files."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from vmod_jax.data import video
+from vmod_jax.errors import UserError
+
+COLOURS = np.array(
+    [[200, 30, 30], [30, 200, 30], [30, 30, 200], [220, 220, 40], [240, 240, 240], [20, 20, 20]], np.uint8
+)
+
+
+def plain(count: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """u8[count, height, width, 3]: frame i is all of colour i."""
+    return np.broadcast_to(COLOURS[np.arange(count) % 6, None, None], (count, height, width, 3)).copy()
+
+
+def colour_index(image: np.ndarray) -> int:
+    """Which colour the middle of the image has."""
+    middle = image[image.shape[0] // 2, image.shape[1] // 2].astype(int)
+    return int(np.abs(COLOURS.astype(int) - middle).sum(1).argmin())
+
+
+def write_at(path, images, times, rotation=0, aspect=None):
+    """Like `video.write`, with a time in seconds for every frame."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "16"})
+        stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for image, time in zip(images, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("fps", [2.0, 8.0, 29.97])
+def test_round_trip_keeps_colours_and_times(tmp_path, fps):
+    images = plain(17)
+    video.write(tmp_path / "a.mp4", images, fps)
+    got = video.read(tmp_path / "a.mp4", fps=fps, size=64)
+    assert got.frames.shape == (17, 64, 64, 3)
+    np.testing.assert_allclose(got.times, np.arange(17) / fps)
+    np.testing.assert_allclose(got.frames[:, 8:56].astype(int), images.astype(int), atol=6)
+    assert not got.frames[:, :8].any()
+    assert not got.frames[:, 56:].any()
+
+
+def test_samples_what_is_on_screen(tmp_path):
+    video.write(tmp_path / "a.mp4", plain(12), 8)  # 1.5 s
+    frames = video.read(tmp_path / "a.mp4", fps=2, size=32).frames
+    assert [colour_index(f) for f in frames] == [0, 4, 8 % 6]
+    faster = video.read(tmp_path / "a.mp4", fps=16, size=32).frames
+    assert [colour_index(f) for f in faster] == [i // 2 % 6 for i in range(24)]
+
+
+def test_variable_frame_rate(tmp_path):
+    write_at(tmp_path / "a.mp4", plain(5), [0.0, 0.1, 0.499, 0.501, 2.0])
+    frames = video.read(tmp_path / "a.mp4", fps=2, size=32).frames
+    assert [colour_index(f) for f in frames] == [0, 2, 3, 3, 4]
+
+
+def test_times_count_from_the_first_frame(tmp_path):
+    write_at(tmp_path / "a.mkv", plain(4), [7.3, 7.8, 8.3, 8.8])
+    frames = video.read(tmp_path / "a.mkv", fps=2, size=32).frames
+    assert [colour_index(f) for f in frames] == [0, 1, 2, 3]
+
+
+def test_upright_video_is_padded_left_and_right(tmp_path):
+    video.write(tmp_path / "a.mp4", plain(2, height=64, width=32), 2)
+    frame = video.read(tmp_path / "a.mp4", size=128).frames[0]
+    assert not frame[:, :32].any()
+    assert not frame[:, 96:].any()
+    assert (frame[:, 32:96].max(-1) > 150).all()
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_rotation_is_honoured(tmp_path, rotation):
+    image = plain(1, 48, 64)
+    image[:, :24, :32] = COLOURS[2]  # the top left quarter blue, the rest red
+    write_at(tmp_path / "a.mp4", image, [0.0], rotation=rotation)
+    frame = video.read(tmp_path / "a.mp4", size=64).frames[0].astype(int)
+    expected = np.zeros((64, 64, 3), int)
+    turned = np.rot90(image[0], rotation // 90)
+    top, left = (64 - turned.shape[0]) // 2, (64 - turned.shape[1]) // 2
+    expected[top : top + turned.shape[0], left : left + turned.shape[1]] = turned
+    assert np.abs(frame - expected).mean() < 4
+    info = video.probe(tmp_path / "a.mp4")
+    assert (info.height, info.width) == turned.shape[:2]
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    write_at(tmp_path / "a.mp4", plain(1, 64, 64), [0.0], aspect=Fraction(2, 1))
+    info = video.probe(tmp_path / "a.mp4")
+    assert (info.width, info.height) == (128, 64)
+    frame = video.read(tmp_path / "a.mp4", size=64).frames[0]
+    assert not frame[:16].any()
+    assert (frame[16:48].max(-1) > 150).all()
+
+
+def test_probe(tmp_path):
+    video.write(tmp_path / "a.mp4", plain(12), 8)
+    assert video.probe(tmp_path / "a.mp4") == (64, 48, 1.5, 8.0)
+
+
+def test_the_same_frames_make_the_same_file(tmp_path):
+    images = plain(20)
+    for name in ("a.mp4", "b.mp4"):
+        video.write(tmp_path / name, images, 8)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_decoding_streams(tmp_path):
+    """The first frames come before the rest of the file is read."""
+    video.write(tmp_path / "a.mp4", plain(200), 8)
+    frames = video.decode(tmp_path / "a.mp4")
+    assert next(frames)[0] == 0.0
+    assert next(frames)[0] == 0.5
+
+
+def no_file(path):
+    pass
+
+
+def text(path):
+    path.write_text("not a video\n" * 100)
+
+
+def folder(path):
+    path.mkdir()
+
+
+def sound(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(no_file, "no such file"), (folder, "no such file"), (text, "cannot be read"), (sound, "no video stream")],
+)
+@pytest.mark.parametrize("use", [video.read, video.probe])
+def test_files_that_are_no_videos(tmp_path, make, message, use):
+    path = tmp_path / "a.mp4"
+    make(path)
+    with pytest.raises(UserError, match=message) as caught:
+        use(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("use", [video.read, video.probe])
+def test_a_video_without_frames(tmp_path, use):
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+    with pytest.raises(UserError, match="no video frames"):
+        use(tmp_path / "a.avi")
+
+
+def test_nothing_to_write(tmp_path):
+    with pytest.raises(UserError, match="no frames"):
+        video.write(tmp_path / "a.mp4", [], 2)
+    with pytest.raises(UserError, match="even sides"):
+        video.write(tmp_path / "a.mp4", plain(1, 47, 64), 2)
+
+
+def test_a_file_that_breaks_in_its_middle(clips):
+    path = clips / "video" / "corrupted.mp4"
+    with pytest.raises(UserError, match=r"failed at 2\.80 s .*28 frames were decoded before.*--allow-partial"):
+        video.read(path)
+    partial = video.read(path, allow_partial=True)
+    assert partial.times.tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+    assert partial.frames[-1].any()
+
+
+def test_a_file_without_a_duration(clips):
+    path = clips / "video" / "no_duration.webm"
+    assert video.probe(path).duration is None
+    assert video.read(path, size=64).times.tolist() == [i / 2 for i in range(10)]
+
+
+def test_matroska(clips):
+    path = clips / "video" / "flipping_a_pancake.mkv"
+    got = video.read(path, size=96)
+    assert len(got.frames) == 21
+    assert video.probe(path) == (426, 240, 10.381, 30.0)
+    # 426 x 240 becomes 96 x 54
+    assert not got.frames[:, :21].any()
+    assert not got.frames[:, 75:].any()
+    assert got.frames[:, 22:74].mean() > 20
