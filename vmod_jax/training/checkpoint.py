@@ -1,0 +1,109 @@
+"""Checkpoints (Orbax, no pickles): WORKDIR/checkpoints/STEP, each complete in itself.
+
+    params    the whole parameter tree (an imported folder has this alone)
+    state     the optimiser's state and the random key
+    data      the Grain iterator's state, JSON: a global step index, the same for any number of hosts
+
+Saving is asynchronous: `save` returns when the arrays are copied, and a checkpoint appears under its name only once it
+is whole, so a run that is killed leaves the one before.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from vmod_jax.errors import UserError
+from vmod_jax.training.sharding import placements
+
+Tree = Any
+
+
+class Checkpoints:
+    """The checkpoints of a workdir; keeps the latest `keep`. A context manager: leaving waits for what is being saved."""
+
+    def __init__(self, workdir: Path, keep: int | None = None):
+        folder = Path(workdir).absolute() / "checkpoints"
+        self.manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+
+    def latest(self) -> int | None:
+        """The step of the last whole checkpoint."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, params: Tree, state: Tree = None, data: dict[str, Any] | None = None) -> None:
+        items = {"params": ocp.args.StandardSave(params)}
+        if state is not None:
+            items |= {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data or {})}
+        self.manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, step: int, params: Tree, state: Tree) -> tuple[Tree, Tree, dict[str, Any]]:
+        """(params, state, data); the given trees say shapes, dtypes and placements (arrays or ShapeDtypeStructs)."""
+        for name, tree in (("params", params), ("state", state)):
+            _check_fits(self.manager.directory / str(step) / name, tree)
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(params), state=ocp.args.StandardRestore(state), data=ocp.args.JsonRestore()
+        )
+        restored = self.manager.restore(step, args=args)
+        return restored["params"], restored["state"], restored["data"]
+
+    def wait(self) -> None:
+        self.manager.wait_until_finished()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.manager.close()
+
+
+def load_params(workdir: str | Path, mesh: Mesh | None = None, step: int | None = None) -> Tree:
+    """The parameters of a workdir's last (or the given) checkpoint, placed on a mesh or on one device.
+
+    Raises UserError when there is none.
+    """
+    folder = Path(workdir).absolute() / "checkpoints"
+    if not folder.is_dir():
+        _no_checkpoint(workdir)
+    with Checkpoints(Path(workdir)) as checkpoints:
+        step = checkpoints.latest() if step is None else step
+        if step is None or step not in checkpoints.manager.all_steps():
+            _no_checkpoint(workdir)
+        stored = folder / str(step) / "params"
+        with ocp.StandardCheckpointer() as reader:
+            tree = reader.metadata(stored).item_metadata.tree
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+            one = SingleDeviceSharding(jax.devices()[0])
+            where = placements(shapes, mesh) if mesh else jax.tree.map(lambda _: one, shapes)
+            target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+            return reader.restore(stored, target)
+
+
+def save_params(workdir: str | Path, params: Tree, step: int = 0) -> None:
+    """A checkpoint of parameters alone, as an imported folder has it."""
+    with Checkpoints(Path(workdir)) as checkpoints:
+        checkpoints.save(step, params)
+
+
+def _no_checkpoint(workdir: str | Path) -> Any:
+    raise UserError(f"{workdir} has no checkpoint: train into it first, or name another folder")
+
+
+def _check_fits(stored: Any, tree: Tree) -> None:
+    """Compares the shapes of a stored tree with those of `tree`, before anything is read."""
+    if not stored.exists():
+        raise UserError(f"{stored.parent} has no {stored.name}: start a new run from it with init_from, in another --workdir")
+    with ocp.StandardCheckpointer() as reader:
+        there, here = _shapes(reader.metadata(stored).item_metadata.tree), _shapes(tree)
+    if different := sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path)):
+        path = different[0]
+        raise UserError(
+            f"{stored} does not fit this run: {len(different)} array(s) differ, {path} is {there.get(path, 'absent')} there "
+            f"and {here.get(path, 'absent')} here; use another --workdir, or init_from to start from its parameters"
+        )
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}

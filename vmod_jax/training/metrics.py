@@ -1,0 +1,82 @@
+"""What a run writes down: metrics.jsonl, TensorBoard and the progress bar."""
+
+import json
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+# Peak dense bf16 FLOP/s of one device, by a part of its `device_kind` (vendors' data sheets); the first match counts.
+PEAK_FLOPS = (
+    ("H200", 989e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("TPU v6", 918e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5", 197e12),
+    ("TPU v4", 275e12),
+)
+
+
+def mfu(flops: float, seconds: float) -> float | None:
+    """The share of all devices' peak that `flops` in `seconds` is; None for a device whose peak is not known (a CPU)."""
+    kind = jax.devices()[0].device_kind
+    peak = next((peak for name, peak in PEAK_FLOPS if name in kind), None)
+    return None if peak is None else flops / seconds / (peak * jax.device_count())
+
+
+class MetricsLog:
+    """Appends to WORKDIR/metrics.jsonl and WORKDIR/tensorboard; a context manager; only the first process writes.
+
+    A run that continues at `step` drops the lines past it: they belong to steps that will be done again. So each step
+    has at most one line, whatever happened in between.
+    """
+
+    def __init__(self, workdir: Path, step: int, steps: int):
+        self.writing = jax.process_index() == 0
+        self.bar = tqdm(total=steps, initial=step, unit="step", desc="train", disable=not self.writing, mininterval=1.0)
+        if not self.writing:
+            return
+        from tensorboardX import SummaryWriter
+
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.file = path.open("a")
+        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line: {"step": step, **values}; the bar shows the losses."""
+        if not self.writing:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in values.items() if "loss" in name}, refresh=False)
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def flush(self) -> None:
+        """Everything written so far is on disk: called before each checkpoint, which must never know more."""
+        if self.writing:
+            self.file.flush()
+            self.board.flush()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.writing:
+            self.file.close()
+            self.board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl (none when there is no file); a last line cut by a crash is left out."""
+    if not path.exists():
+        return []
+    complete = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in complete if line]
