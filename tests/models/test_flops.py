@@ -90,8 +90,3 @@ def test_step_flops_of_a_model_small_enough_to_count_by_hand():
     assert step(passes="none", train_weights=True) == 3 * linear + 3.5 * attention + 3 * lora
     for passes in ("none", "full", "attention"):
         assert step(passes=passes, labels=7) - step(passes=passes) == 2 * head + 3 * head_lora
-
-
-def test_peak_of_known_and_unknown_devices():
-    assert flops.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert flops.peak_flops("cpu") is None

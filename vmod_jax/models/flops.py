@@ -117,20 +117,3 @@ def formula_ratio(
         step_flops(config, counts, frames, text_tokens, lora_rank, passes, train_weights) for counts in (kept, full)
     )
     return policy_work / full_work
-
-
-# Dense bf16 peak of one device, operations a second, by the beginning of JAX's `device_kind` (makers' data sheets).
-PEAK_FLOPS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """A device's dense bf16 peak in FLOP/s, or None where it is not known (CPUs)."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)

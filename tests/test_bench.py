@@ -1,0 +1,86 @@
+"""`vmod bench`: the registry, the object it writes, and `flops` from the command line."""
+
+import json
+
+import pytest
+
+from vmod_jax import bench
+from vmod_jax.errors import UserError
+
+
+def run(tmp_path, *options):
+    path = tmp_path / "out" / "bench.json"
+    bench.main(["flops", "--json", str(path), *options])
+    return json.loads(path.read_text())
+
+
+def test_flops_writes_the_papers_column(tmp_path, capsys):
+    results = run(tmp_path)
+    paper = {
+        "full": 48.29,
+        "early_exit": 7.14,
+        "layer_skip": 26.35,
+        "interleaved": 30.74,
+        "interleaved_deep": 31.83,
+        "all": 13.18,
+        "all_deep": 15.37,
+        "random": 30.74,
+        "uniform": 30.74,
+    }
+    assert results["policies"] == pytest.approx(paper, abs=0.01)
+    assert results["versions"]["jax"] and results["machine"]["cores"] >= 1 and results["machine"]["devices"]
+    rows = {entry["name"]: entry for entry in results["rows"]}
+    assert rows["interleaved"]["ratio"] == pytest.approx(30.734 / 48.290, abs=1e-4)
+    assert {"kind", "formula_ratio", "spread", "dtype", "remat", "tokens_per_frame", "frames"} <= rows["full"].keys()
+    assert "interleaved" in capsys.readouterr().out
+
+
+def test_flops_follows_its_arguments(tmp_path):
+    llama = {
+        "hidden_size": 4,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 16,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    options = ["--hf-config", str(tmp_path), "--frames", "3", "--tokens", "5", "--text", "7", "--lora", "1"]
+    policies = run(tmp_path, *options, "--keep", "0.4")["policies"]
+    layer, head = 144 + 64, 4 * 16 + (4 + 16)  # see tests/models/test_flops.py
+    tokens = 7 + 3 * 5
+    assert policies["full"] * 1e12 == pytest.approx(2 * tokens * layer + tokens * head)
+    assert policies["interleaved"] * 1e12 == pytest.approx((tokens + 7 + 3 * 2) * layer + tokens * head)
+    assert policies["early_exit"] * 1e12 == pytest.approx((tokens + 7) * layer + tokens * head)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", "1.5"], "keep ratio 1.5"),
+        (["--frames", "-1"], "--frames is -1"),
+        (["--tokens", "0"], "--tokens is 0"),
+        (["--frames", "0", "--text", "0"], "nothing to count"),
+        (["--hf-config", "missing.json"], "no file missing.json"),
+    ],
+)
+def test_wrong_options_are_one_line(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        bench.main(["flops", *options])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b'{"hidden_size": 4}'])
+def test_a_broken_config_is_one_line(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json"):
+        bench.main(["flops", "--hf-config", str(path)])
+
+
+def test_a_row_has_every_key_and_its_ratio():
+    entry = bench.row("interleaved", "train_step", 3.0, 4.0, remat="full", spread=0.01)
+    assert entry["ratio"] == 0.75
+    assert entry["remat"] == "full"
+    assert entry["spread"] == 0.01
+    assert entry["formula_ratio"] is None
