@@ -96,7 +96,7 @@ def write(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
             if stream is None:
                 if height % 2 or width % 2:
                     raise UserError(f"{path}: h264 needs even sides, the frames are {width}x{height}; pad or crop them")
-                stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "veryfast"})
+                stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "ultrafast"})
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
                 stream.codec_context.thread_count = 1
                 stream.codec_context.time_base = 1 / rate
