@@ -1,0 +1,440 @@
+"""Hugging Face folders: config.json and safetensors <-> our parameter trees (numpy, nothing unpickled).
+
+A tree is described by two small tables, from our modules to theirs and from our leaves to theirs. All names and shapes
+are checked before a tree is read. A `kernel` is their weight transposed, and leaves below `layers` are stacked over the
+layers: kernel [L, in, out].
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes  # its import also gives numpy, and so safetensors, the name "bfloat16"
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from vmod_jax.errors import UserError
+from vmod_jax.models.vision import VisionConfig, parameter_shapes
+
+Params = dict[str, Any]
+
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth")
+# Constants that old versions of transformers stored among the weights.
+_BUFFERS = (".rotary_emb.inv_freq", "embeddings.position_ids")
+
+
+class LlamaShape(Protocol):
+    """What the Llama tree needs of a config."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+
+# ------------------------------------------------------------------------------------------------------- files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; download it again")
+    return value
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The folder's config.json; raises UserError when it is missing or broken."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a Hugging Face model folder: it has no config.json; give the folder that has")
+    return _read_json(path)
+
+
+class TensorReader:
+    """The tensors of a folder's safetensors files, single or sharded, read one at a time.
+
+    Opening reads the files' headers only. Raises UserError when there are none, when a file is truncated or missing,
+    and for a folder of pickles, which can run any code when they are opened.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._files: dict[str, Any] = {}  # tensor name -> the open file that has it
+        for path, listed in _tensor_files(self.folder).items():
+            try:
+                file: Any = safe_open(path, framework="numpy")  # Any: its stubs know no methods
+                names = set(file.keys())
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
+            absent = sorted((listed or set()) - names)
+            if absent:
+                raise UserError(f"{path} lacks {', '.join(absent)}, which the index promises; download it again")
+            self._files.update(dict.fromkeys(names, file))
+
+    def names(self) -> list[str]:
+        """All tensors' names, sorted."""
+        return sorted(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As stored; nothing is read."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        """As stored, bfloat16 included; raises UserError for quantised weights."""
+        stored = self._files[name].get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise UserError(f"{self.folder}: {name} is stored as {stored}; use a checkpoint in {', '.join(_DTYPES)}")
+        return np.dtype(_DTYPES[stored])
+
+    def get(self, name: str) -> np.ndarray:
+        """The tensor, in its stored shape and dtype, as a copy of its own."""
+        return self._files[name].get_tensor(name)
+
+
+def _tensor_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The folder's safetensors files, each with the names that the index expects in it (None without an index)."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give a folder with config.json and safetensors files")
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise UserError(f"{index} has no weight_map; download it again")
+        files: dict[Path, set[str] | None] = {folder / file: set() for file in places.values()}
+        for name, file in places.items():
+            files[folder / file].add(name)  # pyright: ignore[reportOptionalMemberAccess]
+        absent = sorted(path.name for path in files if not path.is_file())
+        if absent:
+            raise UserError(f"{folder} lacks {', '.join(absent)}, which {index.name} lists; download them")
+        return files
+    files = {single: None} if single.is_file() else dict.fromkeys(sorted(folder.glob("*.safetensors")))
+    if not files:
+        for pattern in _PICKLES:
+            if any(folder.glob(pattern)):
+                raise UserError(_refuse_pickles(folder, pattern))
+        raise UserError(f"{folder} has no weights (*.safetensors); download them into it")
+    return files
+
+
+def _refuse_pickles(folder: Path, pattern: str) -> str:
+    # weights_only: torch then unpickles tensors and nothing else.
+    script = (
+        "import glob, torch; from safetensors.torch import save_file; "
+        f"save_file({{k: v.clone().contiguous() for f in sorted(glob.glob({str(folder / pattern)!r})) "
+        "for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}, "
+        f"{str(folder / 'model.safetensors')!r}, {{'format': 'pt'}})"
+    )
+    return f'{folder} has pickled weights ({pattern}), which are never loaded; convert them: python -c "{script}"'
+
+
+def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = 5 * 10**9) -> None:
+    """Write named arrays as model.safetensors, or as shards of at most `shard_bytes` (or one tensor) with an index.
+
+    Holds one shard in memory. The layout is that of Hugging Face's `save_pretrained`, and the folder's former
+    model*.safetensors go.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: list[list[str]] = []
+    shard: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(shard, folder / f"part-{len(parts)}.safetensors", metadata={"format": "pt"})
+        parts.append(list(shard))
+        shard.clear()
+
+    for name, array in tensors:
+        if shard and sum(part.nbytes for part in shard.values()) + array.nbytes > shard_bytes:
+            flush()
+        shard[name] = np.ascontiguousarray(array)  # save_file writes the bytes of a transposed view in the wrong order
+        total += array.nbytes
+    flush()
+
+    index_path = folder / "model.safetensors.index.json"
+    for old in (*folder.glob("model*.safetensors"), index_path):
+        old.unlink(missing_ok=True)
+    names = ["model.safetensors"]
+    if len(parts) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+        places = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for i, name in enumerate(names):
+        (folder / f"part-{i}.safetensors").replace(folder / name)
+
+
+# ------------------------------------------------------------------------------------------- our tree <-> theirs
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """Where one leaf of our tree comes from."""
+
+    names: tuple[str, ...]  # their tensors: one a layer for a stacked leaf, otherwise one
+    shape: tuple[int, ...]  # of each of them
+    stacked: bool = False
+    convert: Callable[[np.ndarray], np.ndarray] = lambda array: array  # one of their tensors -> ours
+
+
+_LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+_LLAMA = {
+    "embed": "model.embed_tokens",
+    "layers/input_norm": "model.layers.{i}.input_layernorm",
+    "layers/q": "model.layers.{i}.self_attn.q_proj",
+    "layers/k": "model.layers.{i}.self_attn.k_proj",
+    "layers/v": "model.layers.{i}.self_attn.v_proj",
+    "layers/o": "model.layers.{i}.self_attn.o_proj",
+    "layers/post_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers/gate": "model.layers.{i}.mlp.gate_proj",
+    "layers/up": "model.layers.{i}.mlp.up_proj",
+    "layers/down": "model.layers.{i}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+_CONNECTOR = {"in": "connector.0", "out": "connector.2"}
+_VISION = {
+    "embed": "embeddings.patch_embedding",
+    "pre_norm": "pre_layrnorm",
+    "layers/norm1": "encoder.layers.{i}.layer_norm1",
+    "layers/q": "encoder.layers.{i}.self_attn.q_proj",
+    "layers/k": "encoder.layers.{i}.self_attn.k_proj",
+    "layers/v": "encoder.layers.{i}.self_attn.v_proj",
+    "layers/o": "encoder.layers.{i}.self_attn.out_proj",
+    "layers/norm2": "encoder.layers.{i}.layer_norm2",
+    "layers/fc1": "encoder.layers.{i}.mlp.fc1",
+    "layers/fc2": "encoder.layers.{i}.mlp.fc2",
+    "post_norm": "post_layernorm",
+    "head/o": "head.attention.out_proj",
+    "head/norm": "head.layernorm",
+    "head/fc1": "head.mlp.fc1",
+    "head/fc2": "head.mlp.fc2",
+}
+
+
+def _leaf(modules: dict[str, str], path: str, shape: tuple[int, ...]) -> _Leaf:
+    """The usual leaf: `path` (modules and leaf, joined by /) has `shape` in our tree."""
+    module, _, leaf = path.rpartition("/")
+    name = f"{modules[module]}.{_LEAF_NAMES[leaf]}"
+    stacked = "{i}" in name
+    names = tuple(name.format(i=i) for i in range(shape[0])) if stacked else (name,)
+    shape = shape[1:] if stacked else shape
+    if leaf == "kernel":
+        return _Leaf(names, shape[::-1], stacked, np.transpose)
+    return _Leaf(names, shape, stacked)
+
+
+def _flat(tree: Params, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": leaf}} -> {"a/b": leaf}, in the tree's order."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _nested(flat: dict[str, Any]) -> Params:
+    """The inverse of `_flat`."""
+    tree: Params = {}
+    for path, value in flat.items():
+        *modules, leaf = path.split("/")
+        node = tree
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[leaf] = value
+    return tree
+
+
+def _check(reader: TensorReader, what: str, expected: dict[str, tuple[int, ...]], present: Iterable[str]) -> None:
+    """Raise one UserError that names every missing, unexpected and misshapen tensor."""
+    missing = [name for name in expected if name not in reader]
+    unexpected = [name for name in present if name not in expected and not name.endswith(_BUFFERS)]
+    shapes = [(name, shape, reader.shape(name)) for name, shape in expected.items() if name in reader]
+    wrong = [f"{name} (expected {shape}, found {found})" for name, shape, found in shapes if shape != found]
+    faults = [
+        f"{fault}: {', '.join(names)}"
+        for fault, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+        if names
+    ]
+    if faults:
+        raise UserError(
+            f"{reader.folder}: the weights are not those of the {what} in its config; use the config.json that belongs "
+            f"to them; {'; '.join(faults)}"
+        )
+
+
+def _load(
+    reader: TensorReader, what: str, leaves: dict[str, _Leaf], present: Iterable[str], dtype: Any = None
+) -> Params:
+    _check(reader, what, {name: leaf.shape for leaf in leaves.values() for name in leaf.names}, present)
+
+    def read(leaf: _Leaf) -> np.ndarray:
+        wanted = np.dtype(dtype) if dtype is not None else np.result_type(*(reader.dtype(name) for name in leaf.names))
+        if not leaf.stacked:
+            return np.ascontiguousarray(leaf.convert(reader.get(leaf.names[0])), dtype=wanted)
+        # Filled in place: a stacked 8B leaf is gigabytes, and there is never a second one.
+        stack: np.ndarray | None = None
+        for i, name in enumerate(leaf.names):
+            layer = leaf.convert(reader.get(name))
+            stack = np.empty((len(leaf.names), *layer.shape), wanted) if stack is None else stack
+            stack[i] = layer
+        assert stack is not None
+        return stack
+
+    return _nested({path: read(leaf) for path, leaf in leaves.items()})
+
+
+def _tensors(modules: dict[str, str], flat: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Our leaves -> their (name, array); the conversions of these leaves (none, transpose) are their own inverses."""
+    for path, array in flat.items():
+        leaf = _leaf(modules, path, tuple(array.shape))
+        layers = array if leaf.stacked else (array,)
+        for name, layer in zip(leaf.names, layers, strict=True):
+            yield name, np.ascontiguousarray(leaf.convert(np.asarray(layer)))
+
+
+# -------------------------------------------------------------------------------------------------------- Llama
+
+
+def _llama_shapes(cfg: LlamaShape) -> dict[str, tuple[int, ...]]:
+    d, f, stack = cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers
+    queries, keys = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    shapes = {
+        "embed/embedding": (cfg.vocab_size, d),
+        "layers/input_norm/scale": (stack, d),
+        "layers/q/kernel": (stack, d, queries),
+        "layers/k/kernel": (stack, d, keys),
+        "layers/v/kernel": (stack, d, keys),
+        "layers/o/kernel": (stack, queries, d),
+        "layers/post_norm/scale": (stack, d),
+        "layers/gate/kernel": (stack, d, f),
+        "layers/up/kernel": (stack, d, f),
+        "layers/down/kernel": (stack, f, d),
+        "norm/scale": (d,),
+    }
+    if not cfg.tie_word_embeddings:
+        shapes["head/kernel"] = (d, cfg.vocab_size)
+    return shapes
+
+
+def llama_params(reader: TensorReader, cfg: LlamaShape, dtype: Any = None) -> Params:
+    """The Llama part of a checkpoint as our tree, in the stored dtype or in `dtype`.
+
+    {"embed": {"embedding" [V, d]}, "layers": {"q": {"kernel" [L, d, heads * head_dim]}, ...}, "norm", "head"}; `head`
+    is absent when tied. A connector and a vision tower in the same files are left alone. Raises UserError naming every
+    missing, unexpected and misshapen tensor, and when a tied head is stored with other values than the embedding's.
+    """
+    leaves = {path: _leaf(_LLAMA, path, shape) for path, shape in _llama_shapes(cfg).items()}
+    prefix = _vision_prefix(reader)
+    others = ("connector.", prefix) if prefix else ("connector.",)
+    present = [name for name in reader.names() if not name.startswith(others)]
+    if cfg.tie_word_embeddings and "lm_head.weight" in present:
+        present.remove("lm_head.weight")
+        embedding = "model.embed_tokens.weight"
+        if embedding in reader and not np.array_equal(reader.get("lm_head.weight"), reader.get(embedding)):
+            raise UserError(
+                f"{reader.folder}: lm_head.weight is not {embedding} although config.json ties them; "
+                'set "tie_word_embeddings": false there'
+            )
+    return _load(reader, "Llama model", leaves, present, dtype)
+
+
+def llama_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse of `llama_params`, bit for bit: (HF name, array), one tensor in memory at a time.
+
+    LayerExperts have no HF name and are left out. Raises ValueError while LoRA is not merged: Llama's own names have no
+    place for it.
+    """
+    flat = {path: array for path, array in _flat(params).items() if path != "layers/expert/kernel"}
+    if any("lora_" in path for path in flat):
+        raise ValueError("merge LoRA into the kernels first")
+    return _tensors(_LLAMA, flat)
+
+
+# ---------------------------------------------------------------------------------------------------- connector
+
+
+def connector_params(reader: TensorReader, dtype: Any = None) -> Params:
+    """{"in": {"kernel" [d_v, d], "bias" [d]}, "out": {"kernel" [d, d], "bias" [d]}} of `connector.{0,2}.{weight,bias}`.
+
+    The widths are those of the first weight; raises UserError naming what is missing, unexpected or does not fit them.
+    """
+    first = "connector.0.weight"
+    d, d_v = shape if first in reader and len(shape := reader.shape(first)) == 2 else (0, 0)
+    shapes = {"in/kernel": (d_v, d), "in/bias": (d,), "out/kernel": (d, d), "out/bias": (d,)}
+    leaves = {path: _leaf(_CONNECTOR, path, shape) for path, shape in shapes.items()}
+    return _load(reader, "connector", leaves, [n for n in reader.names() if n.startswith("connector.")], dtype)
+
+
+def connector_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse of `connector_params`, bit for bit."""
+    return _tensors(_CONNECTOR, _flat(params))
+
+
+# ------------------------------------------------------------------------------------------------------- vision
+
+
+def _vision_prefix(reader: TensorReader) -> str | None:
+    """What comes before the vision tower's names: "" alone, "vision_model." inside a two-tower checkpoint."""
+    mark = "embeddings.patch_embedding.weight"
+    prefixes = [name.removesuffix(mark) for name in reader.names() if name.endswith(mark)]
+    if len(prefixes) > 1:
+        raise UserError(f"{reader.folder} has {len(prefixes)} vision towers ({', '.join(prefixes)}); keep one")
+    return prefixes[0] if prefixes else None
+
+
+def vision_params(reader: TensorReader, config: VisionConfig, dtype: Any = None) -> Params:
+    """A SigLIP or CLIP vision tower, alone or inside a larger checkpoint, as `models.vision.parameter_shapes` has it.
+
+    In the stored dtype or in `dtype`. Raises UserError naming every missing, unexpected and misshapen tensor.
+    """
+    d, p = config.hidden_size, config.patch_size
+    prefix = _vision_prefix(reader)
+    prefix = "vision_model." if prefix is None else prefix
+    modules = {ours: prefix + theirs for ours, theirs in _VISION.items()}
+
+    def third(i: int) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda array: array[i * d : (i + 1) * d].T
+
+    def one(name: str, *shape: int, convert: Callable[[np.ndarray], np.ndarray] = lambda array: array) -> _Leaf:
+        return _Leaf((prefix + name,), shape, convert=convert)
+
+    unusual = {
+        # A convolution [out, channel, row, column] is a linear layer on (row, column, channel).
+        "embed/kernel": one(
+            "embeddings.patch_embedding.weight", d, 3, p, p, convert=lambda w: w.transpose(2, 3, 1, 0).reshape(-1, d)
+        ),
+        "embed/position": one("embeddings.position_embedding.weight", config.side**2 + (config.kind == "clip"), d),
+        "embed/class": one("embeddings.class_embedding", d),
+        "head/probe": one("head.probe", 1, 1, d, convert=lambda w: w.reshape(d)),
+    }
+    for i, name in enumerate("qkv"):  # the pooling head keeps the three in one matrix
+        unusual[f"head/{name}/kernel"] = one("head.attention.in_proj_weight", 3 * d, d, convert=third(i))
+        unusual[f"head/{name}/bias"] = one("head.attention.in_proj_bias", 3 * d, convert=third(i))
+
+    shapes = _flat(parameter_shapes(config))
+    leaves = {path: unusual.get(path) or _leaf(modules, path, shape) for path, shape in shapes.items()}
+    present = [name for name in reader.names() if name.startswith(prefix)]
+    return _load(reader, f"{config.kind} vision tower", leaves, present, dtype)
