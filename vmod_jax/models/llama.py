@@ -1,0 +1,512 @@
+"""Llama: configuration from Hugging Face, parameters, and its layers as plain functions under a depth policy.
+
+Parameters of all layers are stacked, one array a tensor whatever the policy, `layers/q/kernel: [L, d, H * h]`: a
+checkpoint does not know under which policy it will run. The layers run as one `lax.scan` a segment of the policy.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from vmod_jax.errors import UserError
+from vmod_jax.models import kv_cache, layer_expert
+from vmod_jax.models.attention import NEVER, attend, causal_attention
+from vmod_jax.models.depth import LayerSpec, Policy, Segment, num_kept, segments
+from vmod_jax.models.kv_cache import Cache
+from vmod_jax.models.layout import Layout, Slots, compact, compaction_slots, take_rows
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.x's scaling of RoPE frequencies ("llama3"), or the division of all of them by a factor ("linear")."""
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The part of a Hugging Face Llama (or Mistral) config that decides what is computed; their names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 8192
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"{self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key/value heads: "
+                "the second must divide the first"
+            )
+
+    @classmethod
+    def from_hf_config(cls, hf: dict[str, Any]) -> "LlamaConfig":
+        """From config.json as a dictionary; both `rope_theta`/`rope_scaling` and transformers 5's `rope_parameters`.
+
+        Raises UserError for an architecture or an option that this decoder does not compute.
+        """
+        if (kind := hf.get("model_type", "llama")) not in ("llama", "mistral"):
+            raise UserError(f"model_type '{kind}' is not supported: bring a Llama or Mistral checkpoint")
+        missing = [
+            name
+            for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+            if name not in hf
+        ]
+        if missing:
+            raise UserError(f"config.json lacks {', '.join(missing)}: is it a Llama config?")
+        for option in ("attention_bias", "mlp_bias"):
+            if hf.get(option):
+                raise UserError(f"{option}=true is not supported: bring a Llama without biases")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise UserError(f"hidden_act '{hf['hidden_act']}' is not supported: Llama's is silu")
+        rope = hf.get("rope_parameters") or {}
+        heads = hf["num_attention_heads"]
+        default_theta = 10000.0
+        return cls(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_hidden_layers=hf["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or default_theta),
+            rope_scaling=_rope_scaling(rope or hf.get("rope_scaling") or {}),
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+        )
+
+
+def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("llama3", "linear"):
+        raise UserError(f"rope scaling '{kind}' is not supported: use a checkpoint with default, linear or llama3 RoPE")
+    names = [field.name for field in dataclasses.fields(RopeScaling) if field.name in rope]
+    return RopeScaling(**{**{name: rope[name] for name in names}, "rope_type": kind})
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside every linear layer, `lm_head` included; rank 0 has none."""
+
+    rank: int = 0
+    alpha: float = 256.0
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """Holds a kernel [..., in, out] and its LoRA pair [..., in, r], [..., r, out]; calling it returns them.
+
+    The base kernel is of `param_dtype`; LoRA is float32, a ~ N(0, 1/in), b = 0.
+    """
+
+    shape: tuple[int, int]
+    layers: int | None = None
+    lora: LoraConfig = LoraConfig()
+    param_dtype: Any = jnp.float32
+    base: bool = True
+
+    @nn.compact
+    def __call__(self) -> dict[str, Array]:
+        size_in, size_out = self.shape
+        stack = () if self.layers is None else (self.layers,)
+        params = {}
+        if self.base:
+            init = nn.initializers.normal(0.02)
+            params["kernel"] = self.param("kernel", init, (*stack, size_in, size_out), self.param_dtype)
+        if self.lora.rank:
+            init_a = nn.initializers.normal(size_in**-0.5)
+            params["lora_a"] = self.param("lora_a", init_a, (*stack, size_in, self.lora.rank), jnp.float32)
+            zeros = nn.initializers.zeros
+            params["lora_b"] = self.param("lora_b", zeros, (*stack, self.lora.rank, size_out), jnp.float32)
+        return params
+
+
+class Leaf(nn.Module):
+    """Holds one array under the name `leaf`; calling it returns {leaf: array}."""
+
+    leaf: str
+    initializer: Any
+    shape: tuple[int, ...]
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> dict[str, Array]:
+        return {self.leaf: self.param(self.leaf, self.initializer, self.shape, self.param_dtype)}
+
+
+class StackedLayers(nn.Module):
+    """Holds the parameters of all layers, stacked; calling it returns them as a tree, leaves [L, ...]."""
+
+    config: LlamaConfig
+    lora: LoraConfig
+    param_dtype: Any
+    expert_std: float
+
+    @nn.compact
+    def __call__(self) -> dict[str, dict[str, Array]]:
+        c, stack = self.config, self.config.num_hidden_layers
+        d, hidden = c.hidden_size, c.intermediate_size
+        width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        shapes = {
+            "q": (d, width),
+            "k": (d, kv_width),
+            "v": (d, kv_width),
+            "o": (width, d),
+            "gate": (d, hidden),
+            "up": (d, hidden),
+            "down": (hidden, d),
+        }
+        expert_init = nn.initializers.normal(self.expert_std)
+        return {
+            **{
+                name: Leaf("scale", nn.initializers.ones, (stack, d), self.param_dtype, name=name)()
+                for name in ("input_norm", "post_norm")
+            },
+            **{name: Linear(shape, stack, self.lora, self.param_dtype, name=name)() for name, shape in shapes.items()},
+            "expert": Leaf("kernel", expert_init, (stack, d), name="expert")(),
+        }
+
+
+class Llama(nn.Module):
+    """Holds the parameters of the decoder and hands them to the functions below.
+
+    expert_std: initial standard deviation of the LayerExperts' weights, one row [d] a layer.
+    """
+
+    config: LlamaConfig
+    lora: LoraConfig = LoraConfig()
+    param_dtype: Any = jnp.float32
+    expert_std: float = 0.0
+
+    def setup(self):
+        c, dtype = self.config, self.param_dtype
+        self.embed = Leaf("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), dtype)
+        self.layers = StackedLayers(c, self.lora, dtype, self.expert_std)
+        self.norm = Leaf("scale", nn.initializers.ones, (c.hidden_size,), dtype)
+        self.head = Linear((c.hidden_size, c.vocab_size), None, self.lora, dtype, base=not c.tie_word_embeddings)
+
+    def embedding(self) -> Array:
+        """[V, d]"""
+        return self.embed()["embedding"]
+
+    def stacked_layers(self) -> dict[str, dict[str, Array]]:
+        """Every leaf has a leading axis of layers."""
+        return self.layers()
+
+    def logits(self, hidden: Array) -> Array:
+        """Final norm and head: [..., d] -> f32[..., V]."""
+        hidden = rms_norm(hidden, self.norm()["scale"], self.config.rms_norm_eps)
+        params = self.head()
+        if self.config.tie_word_embeddings:
+            params = {**params, "kernel": self.embedding().T}
+        return linear(params, hidden, self.lora).astype(jnp.float32)
+
+
+# --- plain functions --------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root-mean-square norm in float32, of any float type: [..., d], [d] -> [..., d] in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def linear(params: dict[str, Array], x: Array, lora: LoraConfig, dropout_key: Array | None = None) -> Array:
+    """x W + (alpha / r) drop(x) A B in x's dtype: [..., in] -> [..., out]."""
+    y = x @ params["kernel"].astype(x.dtype)
+    if "lora_a" in params:
+        low = x
+        if dropout_key is not None and lora.dropout:
+            kept = jax.random.bernoulli(dropout_key, 1 - lora.dropout, x.shape)
+            low = jnp.where(kept, x / (1 - lora.dropout), 0)
+        y += (low @ params["lora_a"].astype(x.dtype)) @ params["lora_b"].astype(x.dtype) * lora.scale
+    return y
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Angular frequency of each pair of a head's channels, in radians a token: f32[h / 2]."""
+    h = config.head_dim
+    freq = 1.0 / config.rope_theta ** (np.arange(0, h, 2, dtype=np.float32) / h)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freq.astype(np.float32)
+    if scaling.rope_type == "linear":
+        return (freq / scaling.factor).astype(np.float32)
+    # Llama 3.x: long wavelengths are stretched by `factor`, short ones stay, those between are blended.
+    wavelength = 2 * np.pi / freq
+    turns = scaling.original_max_position_embeddings / wavelength
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = np.clip(blend, 0, 1)
+    return ((1 - blend) * freq / scaling.factor + blend * freq).astype(np.float32)
+
+
+def rope(x: Array, position: Array, frequencies: np.ndarray) -> Array:
+    """Rotates pairs (i, i + h/2) of channels by position * frequency. x: [B, T, H, h]; position: i32[B, T]."""
+    angle = position[:, :, None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def block_update(params, x: Array, position: Array, attention, config: LlamaConfig, lora: LoraConfig, key=None):
+    """f of a Llama block, the sum of what its two branches add: x -> (attn + mlp, whatever `attention` returns more).
+
+    x: [B, T, d]; position: i32[B, T]; attention: (q, k, v) -> (out, extra), after RoPE; key: for LoRA dropout
+    """
+    c, batch, size = config, *x.shape[:2]
+
+    def project(name, y, index):
+        return linear(params[name], y, lora, None if key is None else jax.random.fold_in(key, index))
+
+    y = rms_norm(x, params["input_norm"]["scale"], c.rms_norm_eps)
+    q = project("q", y, 0).reshape(batch, size, c.num_attention_heads, c.head_dim)
+    k = project("k", y, 1).reshape(batch, size, c.num_key_value_heads, c.head_dim)
+    v = project("v", y, 2).reshape(batch, size, c.num_key_value_heads, c.head_dim)
+    frequencies = rope_frequencies(c)
+    out, extra = attention(rope(q, position, frequencies), rope(k, position, frequencies), v)
+    a = project("o", out.reshape(batch, size, -1), 3)
+    y = rms_norm(x + a, params["post_norm"]["scale"], c.rms_norm_eps)
+    m = project("down", jax.nn.silu(project("gate", y, 4)) * project("up", y, 5), 6)
+    return a + m, extra
+
+
+# --- layers under a policy --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """How routed layers choose and scale.
+
+    n: tokens a frame; gate: a name of `layer_expert.GATES`; seed: of the random selector.
+    """
+
+    n: int
+    gate: str = "raw"
+    always_keep_last: bool = False
+    seed: int = 0
+
+
+class Routed(NamedTuple):
+    """What a routed layer decided. scores: f32[B, F, n] (its selector's); kept: i32[B, F, k], ascending."""
+
+    scores: Array
+    kept: Array
+
+
+REMAT = ("none", "full")
+
+
+def run_layers(
+    stacked,
+    x: Array,
+    layout: Layout,
+    policy: Policy,
+    config: LlamaConfig,
+    routing: Routing,
+    lora: LoraConfig = LoraConfig(),
+    remat: str = "none",
+    cache: Cache | None = None,
+    dropout_key: Array | None = None,
+    replay: dict[int, Array] | None = None,
+) -> tuple[Array, dict[int, Routed], Cache | None]:
+    """All layers over a chunk `x: [B, T, d]`, a whole sequence or, with a cache, the next part of a stream.
+
+    remat: "none", or "full": backwards, each block is computed again from its (compacted) input.
+    replay: kept indices i32[B, F, k] of routed layers to use in place of the selector's, by layer.
+    Returns the hidden states [B, T, d], what each routed layer decided, and the cache with the chunk in it.
+    """
+    chex.assert_rank(x, 3)
+    if remat not in REMAT:
+        raise UserError(f"unknown remat policy '{remat}': use one of {', '.join(REMAT)}")
+    # What is the same in all layers that keep k tokens a frame: once, not once a layer.
+    slots = {k: compaction_slots(layout, routing.n, k) for k in cache_kinds(policy, routing.n)}
+    rows = _Rows(stacked, layout, slots, config, routing, lora, remat, dropout_key, replay)
+    decided: dict[int, Routed] = {}
+    for segment in segments(policy):
+        x, cache, routed = _run_segment(rows, segment, policy, x, cache)
+        decided |= routed
+    return x, dict(sorted(decided.items())), cache
+
+
+class _Rows(NamedTuple):
+    """What every layer of one call shares."""
+
+    stacked: Any
+    layout: Layout
+    slots: dict[int, Slots]
+    config: LlamaConfig
+    routing: Routing
+    lora: LoraConfig
+    remat: str
+    dropout_key: Array | None
+    replay: dict[int, Array] | None
+
+
+def cache_kinds(policy: Policy, n: int) -> tuple[int, ...]:
+    """The numbers of tokens a frame that the policy's layers keep, ascending: one stack of the cache each."""
+    return tuple(sorted({num_kept(n, spec.keep) for spec in policy}))
+
+
+def _run_segment(rows: _Rows, segment: Segment, policy: Policy, x: Array, cache: Cache | None):
+    """One scan over the repeats of a segment's unit; the cache is carried through it, so that it can be donated."""
+    size, repeats, n = len(segment.unit), segment.repeats, rows.routing.n
+    fold = lambda leaf: leaf[segment.start : segment.stop].reshape(repeats, size, *leaf.shape[1:])  # noqa: E731
+    params = jax.tree.map(fold, rows.stacked)
+    layers = jnp.arange(segment.start, segment.stop).reshape(repeats, size)
+    replay = tuple(
+        jnp.stack([rows.replay[segment.start + j + r * size] for r in range(repeats)])
+        if rows.replay is not None and spec.selector is not None
+        else None
+        for j, spec in enumerate(segment.unit)
+    )
+    # Where each layer's rows lie in its stack of the cache.
+    kinds = cache_kinds(policy, n)
+    kept = [num_kept(n, spec.keep) for spec in policy]
+    row = np.array([kept[:i].count(kept[i]) for i in range(segment.start, segment.stop)]).reshape(repeats, size)
+
+    def step(carry, xs):
+        x, stacks = carry
+        params, layer, row, replay = xs
+        decided = []
+        for j, spec in enumerate(segment.unit):
+            one = jax.tree.map(lambda leaf, j=j: leaf[j], params)
+            kind = kinds.index(num_kept(n, spec.keep))
+            stack = None if stacks is None else stacks[kind]
+            with jax.named_scope("routed_layer" if spec.routed else "layer"):
+                run = _routed_layer if spec.routed else _full_layer
+                x, stack, routed = run(rows, spec, one, x, layer[j], stack, row[j], replay[j])
+            if stacks is not None:
+                stacks = (*stacks[:kind], stack, *stacks[kind + 1 :])
+            decided.append(routed)
+        return (x, stacks), decided
+
+    stacks = None if cache is None else cache.stacks
+    (x, stacks), decided = lax.scan(step, (x, stacks), (params, layers, jnp.asarray(row), replay))
+    named = {
+        segment.start + j + r * size: jax.tree.map(lambda leaf, r=r: leaf[r], routed)
+        for j, routed in enumerate(decided)
+        if routed is not None
+        for r in range(repeats)
+    }
+    return x, None if cache is None else cache._replace(stacks=stacks), named
+
+
+def _attention(stack, row, position: Array, valid: Array):
+    """Attention of a layer: causal over the chunk itself or, with a cache, over what it holds and then the chunk.
+
+    -> function (q, k, v) -> (out, stack)
+    """
+    if stack is None:
+        return lambda q, k, v: (causal_attention(q, k, v), None)
+
+    def cached(q, k, v):
+        grown = kv_cache.write(stack, row, k, v, jnp.where(valid, position, NEVER))
+        out = attend(q, grown.key[row], grown.value[row], position, grown.position[row])
+        return out, grown
+
+    return cached
+
+
+def _dropout_key(rows: _Rows, layer: Array):
+    return None if rows.dropout_key is None else jax.random.fold_in(rows.dropout_key, layer)
+
+
+def _full_layer(rows: _Rows, spec: LayerSpec, params, x, layer, stack, row, replay):
+    """x + f(x) for every token."""
+    layout = rows.layout
+
+    def block(params, x):
+        attention = _attention(stack, row, layout.position, layout.valid)
+        return block_update(params, x, layout.position, attention, rows.config, rows.lora, _dropout_key(rows, layer))
+
+    if rows.remat == "full":
+        block = jax.checkpoint(block, prevent_cse=False)  # a scan's body is not merged with another pass
+    update, stack = block(params, x)
+    return x + update, stack, None
+
+
+def _routed_layer(rows: _Rows, spec: LayerSpec, params, x, layer, stack, row, replay):
+    """x + g f(x̂) for kept tokens, x + f(x̂) for text, and every other token as it is, to the bit."""
+    layout, routing, n = rows.layout, rows.routing, rows.routing.n
+    k = num_kept(n, spec.keep)
+    weight = params["expert"]["kernel"]
+
+    # Which tokens: outside the checkpoint, so that the backward pass cannot choose others, and without a gradient,
+    # which reaches the router through the gate alone.
+    routed = _choose(spec, lax.stop_gradient(x), lax.stop_gradient(weight), layout, routing, layer, k)
+    if replay is not None and routed is not None:
+        routed = routed._replace(kept=replay)
+    kept = jnp.zeros((*layout.frame_start.shape, 0), jnp.int32) if routed is None else routed.kept
+    packed = compact(layout, rows.slots[k], kept)
+    # An empty slot comes after all others; it is given the position NEVER and no query of a real token sees it.
+    position = jnp.take_along_axis(layout.position, packed.index, axis=1, mode="fill", fill_value=NEVER)
+    valid = packed.index < x.shape[1]
+
+    def block(params, x_kept):
+        attention = _attention(stack, row, position, valid)
+        # RoPE of empty slots: any finite angle will do.
+        rope_position = jnp.where(valid, position, 0)
+        update, new_stack = block_update(
+            params, x_kept, rope_position, attention, rows.config, rows.lora, _dropout_key(rows, layer)
+        )
+        if spec.selector == "learned":
+            mu = layer_expert.router_scores(x_kept, params["expert"]["kernel"])
+            factor = jnp.where(packed.vision, layer_expert.gate(routing.gate, mu), 1.0)
+            update = (update.astype(jnp.float32) * factor[..., None]).astype(update.dtype)
+        return update, new_stack
+
+    if rows.remat == "full":
+        block = jax.checkpoint(block, prevent_cse=False)  # a scan's body is not merged with another pass
+    # The checkpoint saves the compacted rows, not the whole sequence.
+    update, stack = block(params, take_rows(x, packed.index, packed.inverse))
+    update = take_rows(update, packed.inverse, packed.index)
+    computed = packed.inverse < packed.index.shape[1]
+    return jnp.where(computed[..., None], x + update, x), stack, routed
+
+
+def _choose(spec: LayerSpec, x, weight, layout: Layout, routing: Routing, layer, k: int) -> Routed | None:
+    """What the layer's selector keeps of each frame; None where there is nothing to choose."""
+    if spec.selector is None:
+        return None
+    n, frames = routing.n, layout.frame_start.shape
+    if spec.selector == "uniform":
+        kept = jnp.broadcast_to(layer_expert.uniform_indices(n, k), (*frames, k))
+        return Routed(jax.nn.one_hot(kept, n).sum(-2), kept)
+    if spec.selector == "random":
+        scores = layer_expert.random_scores(routing.seed, layer, layout.frame_index, n)
+    else:
+        scores = layer_expert.frame_scores(layer_expert.router_scores(x, weight), layout.frame_start, n)
+    return Routed(scores, layer_expert.select(scores, k, routing.always_keep_last))

@@ -1,0 +1,227 @@
+"""The whole model: frames -> vision tower -> connector -> Llama under a depth policy -> logits.
+
+`VideoLM.hidden` is the one forward pass. Training calls it on whole sequences, a stream on one chunk after another
+with a cache; both are the same function.
+"""
+
+import dataclasses
+import json
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from vmod_jax.errors import UserError
+from vmod_jax.models import kv_cache
+from vmod_jax.models.connector import Connector
+from vmod_jax.models.depth import LayerSpec, Policy, num_kept
+from vmod_jax.models.kv_cache import Cache
+from vmod_jax.models.layer_expert import GATES, router_init_std
+from vmod_jax.models.layout import Layout, find_frames
+from vmod_jax.models.llama import (
+    REMAT,
+    Llama,
+    LlamaConfig,
+    LoraConfig,
+    RopeScaling,
+    Routed,
+    Routing,
+    cache_kinds,
+    run_layers,
+)
+from vmod_jax.models.vision import VisionConfig, VisionTower
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoLMConfig:
+    """Everything that decides what the model computes; `model.json` of a workdir.
+
+    vision: None where frames come as features only; vision_hidden_size: d_v of those features
+    cls, grid: a frame is its CLS token (if cls) and h x w pooled patches; frame_token_id: of the frame's place in text
+    policy: one LayerSpec a layer; gate, always_keep_last, router_seed: see `llama.Routing`
+    dtype: of the computation; param_dtype: of frozen base weights (LoRA, connector and experts are float32)
+    """
+
+    llama: LlamaConfig
+    policy: Policy
+    frame_token_id: int
+    vision_hidden_size: int
+    vision: VisionConfig | None = None
+    cls: bool = True
+    grid: tuple[int, int] = (3, 3)
+    interval: str = ","
+    fps: float = 2.0
+    gate: str = "raw"
+    always_keep_last: bool = False
+    router_seed: int = 0
+    lora: LoraConfig = LoraConfig()
+    remat: str = "none"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        if len(self.policy) != self.llama.num_hidden_layers:
+            raise UserError(f"a policy of {len(self.policy)} layers for a model of {self.llama.num_hidden_layers}")
+        for name, value, allowed in (
+            ("gate", self.gate, GATES),
+            ("remat", self.remat, REMAT),
+            ("dtype", self.dtype, DTYPES),
+            ("param_dtype", self.param_dtype, DTYPES),
+        ):
+            if value not in allowed:
+                raise UserError(f"unknown {name} '{value}': use one of {', '.join(allowed)}")
+        if self.tokens_per_frame < 1:
+            raise UserError("a frame needs at least one token: turn cls on or give a grid such as (3, 3)")
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return int(self.cls) + self.grid[0] * self.grid[1]
+
+    @property
+    def routing(self) -> Routing:
+        return Routing(self.tokens_per_frame, self.gate, self.always_keep_last, self.router_seed)
+
+    @property
+    def cache_kinds(self) -> tuple[int, ...]:
+        """Tokens a frame that each stack of the cache holds."""
+        return cache_kinds(self.policy, self.tokens_per_frame)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "VideoLMConfig":
+        raw = json.loads(text)
+        scaling = raw["llama"].pop("rope_scaling", None)
+        raw["llama"] = LlamaConfig(**raw["llama"], rope_scaling=RopeScaling(**scaling) if scaling else None)
+        raw["policy"] = tuple(LayerSpec(**spec) for spec in raw["policy"])
+        raw["lora"] = LoraConfig(**raw["lora"])
+        raw["grid"] = tuple(raw["grid"])
+        raw["vision"] = VisionConfig.from_dict(raw["vision"]) if raw.get("vision") else None
+        return cls(**raw)
+
+
+class Output(NamedTuple):
+    """logits: f32[B, T, V]; routing: {layer: Routed(scores f32[B, F, n], kept i32[B, F, k])} of the routed layers."""
+
+    logits: Array
+    routing: dict[int, Routed]
+
+
+class VideoLM(nn.Module):
+    """VideoLLM-MoD (arXiv 2408.16730) as a Linen module."""
+
+    config: VideoLMConfig
+
+    def setup(self):
+        c = self.config
+        self.llama = Llama(
+            c.llama, c.lora, DTYPES[c.param_dtype], router_init_std(c.gate, c.llama.hidden_size)
+        )
+        self.connector = Connector(c.vision_hidden_size, c.llama.hidden_size, DTYPES[c.dtype])
+        if c.vision is not None:
+            self.vision = VisionTower(c.vision, cls=c.cls, grid=c.grid)
+
+    def features(self, frames: Array) -> Array:
+        """Frames to encoder features: u8[B, F, S, S, 3] pixels -> f32[B, F, n, d_v]; features pass as they are."""
+        if frames.ndim == 4:
+            chex.assert_shape(frames, (None, None, self.config.tokens_per_frame, self.config.vision_hidden_size))
+            return frames
+        if self.config.vision is None:
+            raise UserError("this model has no vision tower: give it features f32[B, F, n, d_v], not pixels")
+        return jax.lax.stop_gradient(self.vision(frames))
+
+    def embed(self, input_ids: Array, frames: Array | None, layout: Layout) -> Array:
+        """Text from the embedding table, frame tokens from the connector: -> [B, T, d]."""
+        dtype = DTYPES[self.config.dtype]
+        table = self.llama.embedding()
+        # The frame token has no row of its own; its embedding is never looked at.
+        text = table[jnp.clip(input_ids, 0, table.shape[0] - 1)].astype(dtype)
+        if frames is None or frames.shape[1] == 0:
+            if self.is_initializing():
+                self.connector(jnp.zeros((1, self.config.vision_hidden_size)))
+            return text
+        tokens = self.connector(self.features(frames)).astype(dtype)
+        tokens = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
+        index = jnp.clip(layout.vision, 0, tokens.shape[1] - 1)
+        return jnp.where((layout.vision >= 0)[..., None], jnp.take_along_axis(tokens, index[..., None], axis=1), text)
+
+    def hidden(
+        self,
+        input_ids: Array,
+        frames: Array | None,
+        length: Array | None = None,
+        cache: Cache | None = None,
+        replay: dict[int, Array] | None = None,
+    ):
+        """The last layer's output before the final norm.
+
+        input_ids: i32[B, T], of which row b uses the first length[b] (default: all); T >= n F + each row's text
+        frames: f32[B, F, n, d_v] features, u8[B, F, S, S, 3] pixels, or None; a row uses as many as its text has
+        cache: continue this stream; replay: {layer: kept i32[B, F, k]} instead of the selector's choice
+        -> (hidden [B, T, d], {layer: Routed}) and, with a cache, the cache that includes this chunk
+        """
+        c = self.config
+        chex.assert_rank(input_ids, 2)
+        batch, size = input_ids.shape
+        num_frames = 0 if frames is None else frames.shape[1]
+        length = jnp.full(batch, size, jnp.int32) if length is None else length
+        start = (0, 0) if cache is None else (cache.position, cache.frames)
+        layout = find_frames(input_ids, length, c.frame_token_id, c.tokens_per_frame, num_frames, *start)
+        x = self.embed(input_ids, frames, layout)
+        dropout_key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        x, routed, cache = run_layers(
+            self.llama.stacked_layers(), x, layout, c.policy, c.llama, c.routing, c.lora, c.remat, cache,
+            dropout_key, replay,
+        )  # fmt: skip
+        for layer, decision in routed.items():
+            self.sow("intermediates", f"routing_{layer}", decision)
+        if cache is None:
+            return x, routed
+        shown = (layout.frame_start < size).sum(-1, dtype=jnp.int32)
+        return x, routed, kv_cache.advance(cache, c.cache_kinds, c.tokens_per_frame, length, shown)
+
+    def logits(self, hidden: Array) -> Array:
+        """Hidden states of any leading shape to logits: [..., d] -> f32[..., V]."""
+        return self.llama.logits(hidden)
+
+    def __call__(self, input_ids: Array, frames: Array | None, length: Array | None = None, replay=None) -> Output:
+        """Logits at every position; arguments as `hidden`."""
+        hidden, routed = self.hidden(input_ids, frames, length, replay=replay)
+        return Output(self.logits(hidden), routed)
+
+
+def dummy_frames(config: VideoLMConfig, batch: int = 1, frames: int = 1) -> Array:
+    """Zeros in the form in which the model takes frames: pixels where it has a tower, else features."""
+    if config.vision is None:
+        return jnp.zeros((batch, frames, config.tokens_per_frame, config.vision_hidden_size))
+    return jnp.zeros((batch, frames, config.vision.image_size, config.vision.image_size, 3), jnp.uint8)
+
+
+def init_params(config: VideoLMConfig, key: Array) -> Any:
+    """A freshly initialised parameter tree (see README for its names)."""
+    ids = jnp.full((1, config.tokens_per_frame), config.frame_token_id)
+    return VideoLM(config).init(key, ids, dummy_frames(config))["params"]
+
+
+def make_cache(config: VideoLMConfig, frames: int, text: int, batch: int = 1) -> Cache:
+    """An empty cache with room for `frames` frames and `text` text tokens a row."""
+    n, c = config.tokens_per_frame, config.llama
+    layers = [sum(num_kept(n, spec.keep) == k for spec in config.policy) for k in config.cache_kinds]
+    slots = cache_slots(config, frames, text)
+    return kv_cache.make_cache(layers, slots, batch, c.num_key_value_heads, c.head_dim, DTYPES[config.dtype])
+
+
+def cache_slots(config: VideoLMConfig, frames: int, text: int) -> list[int]:
+    """Slots of each stack: text, and the kept tokens of every frame."""
+    return [max(1, text + frames * k) for k in config.cache_kinds]
+
+
+def num_params(params: Any) -> int:
+    """Numbers in a parameter tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
