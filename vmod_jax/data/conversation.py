@@ -1,0 +1,280 @@
+"""How a streaming dialogue is written as text, as tokens and as labels.
+
+    text      = bos + system + "\\n" + message*
+    stream    = "\\n[" + frame (interval frame)* + "]"     nothing when it has 0 frames
+    user      = "\\nUser: " + content
+    assistant = "\\nAssistant: " + content + eos
+    frame     = frame token x tokens_per_frame
+
+(VideoLLM-online, CVPR 2024, section 3.2; the interval "," between frames means "stay silent".)
+
+A conversation is a list of messages:
+    {"role": "system" | "user" | "assistant", "content": str}      assistant: + "learn": bool
+    {"role": "stream", "num_frames": int, "learn": bool | int}     an integer m: the first m frames
+
+Labels follow the structure, never a search in the text: frames are counted, a turn ends at its own eos, and a reply's
+first token is found by its character offset. A content that spells one of the tokenizer's special tokens would break
+that count, so it is written with a blank inside ("< v>"); any other content ("\\nAssistant:" too) is only text.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vmod_jax.errors import UserError
+
+DEFAULT_SYSTEM_PROMPT = (
+    "A multimodal AI assistant is helping users with some activities. Below is their conversation, interleaved with "
+    "the list of video frames received by the assistant."
+)
+NARRATION_INSTRUCTION = (
+    "Please concisely narrate the video in real time. Use the tag 'C' to denote the camera wearer, and other letter "
+    "tags, such as 'X', to denote other individuals in the scene."
+)
+IGNORE = -100  # the label of a position that is not learned
+
+
+class Sample(NamedTuple):
+    """A conversation about the frames [start, stop) of one video, counted at the data set's frame rate."""
+
+    conversation: list[dict]
+    video: str
+    start: int
+    stop: int
+
+
+class Encoded(NamedTuple):
+    input_ids: np.ndarray  # i32[T]
+    labels: np.ndarray  # i32[T], already shifted: labels[t] is the target of logits[t]; IGNORE elsewhere
+    conversation: list[dict]
+
+
+@dataclass(frozen=True)
+class StreamFormat:
+    """A tokenizer and how frames are written with it. Make one with `stream_format`.
+
+    A live session feeds the same text in pieces. Tokens may merge across pieces ("]" + "\\n"), but never across a
+    special token, so text between two of them (frame, eos) must be gathered and tokenized in one go:
+
+        opening() + open_stream | frame | interval + frame | close_stream + user_text(q) + assistant_prefix | reply, eos
+    """
+
+    tokenizer: Any  # HF fast tokenizer that has the frame token as its last token
+    tokens_per_frame: int
+    interval: str = ","  # "": eos stands for "stay silent"
+    frame_token: str = "<v>"
+
+    open_stream = "\n["
+    close_stream = "]"
+    assistant_prefix = "\nAssistant:"
+
+    @cached_property
+    def frame_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.frame_token)
+
+    @cached_property
+    def interval_ids(self) -> list[int]:
+        """What is fed between two frames of a stream: one token, none where there is no interval."""
+        return self.tokenize(self.interval)
+
+    @cached_property
+    def interval_id(self) -> int:
+        """The token that means "stay silent"."""
+        return self.interval_ids[0] if self.interval else self.eos_id
+
+    @property
+    def eos_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.tokenizer.bos_token_id
+
+    def opening(self, system: str = DEFAULT_SYSTEM_PROMPT) -> str:
+        """The text before the first message."""
+        return f"{self.tokenizer.bos_token or ''}{self.plain(system)}\n"
+
+    def frames(self, count: int) -> str:
+        """The text of `count` frames of one stream."""
+        return self.interval.join([self.frame_token * self.tokens_per_frame] * count)
+
+    def user_text(self, query: str) -> str:
+        return f"\nUser: {self.plain(query)}"
+
+    def reply_text(self, content: str) -> str:
+        """A whole assistant turn, its eos included."""
+        return f"{self.assistant_prefix} {self.plain(content)}{self.tokenizer.eos_token}"
+
+    def plain(self, content: str) -> str:
+        """The content with a blank inside whatever would be read as a special token: "<v>" -> "< v>"."""
+        return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", content)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a piece of the dialogue that starts at a special token or right after one; nothing is added."""
+        return self.tokenize_with_ends(text)[0]
+
+    def tokenize_with_ends(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Token ids of a piece, and where in the text each token ends (i64[T], in characters)."""
+        # Some tokenizers treat the very start of a text specially (a blank in front); a frame token put there and
+        # dropped again makes every piece read as in mid-dialogue.
+        out = self.tokenizer(
+            self.frame_token + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ends = np.array([end for _, end in out["offset_mapping"][1:]], np.int64) - len(self.frame_token)
+        return out["input_ids"][1:], ends
+
+    @cached_property
+    def _special(self) -> re.Pattern:
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+
+
+def stream_format(
+    tokenizer_or_path: Any, tokens_per_frame: int, interval: str = ",", frame_token: str = "<v>"
+) -> StreamFormat:
+    """The format of a tokenizer (an HF fast tokenizer, or a folder or name to load one from).
+
+    Adds the frame token to the tokenizer (in place) where it has none. UserError where the tokenizer is not fast, has
+    no eos, writes the interval with several tokens, or has the frame token anywhere but last.
+    """
+    tokenizer = _load(tokenizer_or_path) if isinstance(tokenizer_or_path, str | Path) else tokenizer_or_path
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{_name(tokenizer)}: a fast tokenizer is needed (a folder with tokenizer.json)")
+    if tokenizer.eos_token is None:
+        raise UserError(f"{_name(tokenizer)}: the tokenizer has no eos token; set eos_token in tokenizer_config.json")
+    if tokens_per_frame < 1:
+        raise UserError(f"tokens_per_frame is {tokens_per_frame}; a frame needs at least one token")
+    if frame_token not in tokenizer.get_vocab():
+        from transformers import AddedToken
+
+        tokenizer.add_tokens([AddedToken(frame_token, special=True, normalized=False)], special_tokens=True)
+    fmt = StreamFormat(tokenizer, tokens_per_frame, interval, frame_token)
+    # Its embedding is never looked up and the table is not resized, so no token with a row may come after it.
+    if fmt.frame_token_id != len(tokenizer) - 1:
+        raise UserError(
+            f"{_name(tokenizer)}: the frame token {frame_token!r} has id {fmt.frame_token_id}, not the last one "
+            f"({len(tokenizer) - 1}); add other tokens before it, or choose another frame token"
+        )
+    if not tokenizer.added_tokens_decoder[fmt.frame_token_id].special:
+        raise UserError(f"{_name(tokenizer)}: the frame token {frame_token!r} must be a special token of the tokenizer")
+    if interval and len(fmt.interval_ids) != 1:
+        raise UserError(f"{_name(tokenizer)}: the interval {interval!r} must be one token, not {len(fmt.interval_ids)}")
+    return fmt
+
+
+def render(conversation: list[dict], fmt: StreamFormat) -> str:
+    """The dialogue's text. UserError for a malformed message."""
+    return "".join(_pieces(conversation, fmt))
+
+
+def encode(conversation: list[dict], fmt: StreamFormat) -> Encoded:
+    """Tokens and labels of a dialogue: input_ids i32[T], labels i32[T].
+
+    Learned are: after each learned frame, whether to speak (the last frame token predicts the interval, or for the
+    stream's final frame the token that closes the stream); and each learned reply from `Assistant` to its eos.
+    UserError for a malformed message.
+    """
+    pieces = _pieces(conversation, fmt)
+    ids, ends = fmt.tokenize_with_ends("".join(pieces))
+    input_ids = np.array(ids, np.int32)
+    labels = np.full(len(ids), IGNORE, np.int32)
+    messages = _messages(conversation)
+    frame_stop = np.flatnonzero(input_ids == fmt.frame_token_id)[fmt.tokens_per_frame - 1 :: fmt.tokens_per_frame]
+    reply_stop = np.flatnonzero(input_ids == fmt.eos_id)
+    if fmt.tokenizer.bos_token == fmt.tokenizer.eos_token:
+        reply_stop = reply_stop[1:]
+    replies = sum(message["role"] == "assistant" for message in messages)
+    if len(frame_stop) != num_frames(conversation) or len(reply_stop) != replies:
+        raise UserError("a message contains a special token of the tokenizer; remove it from the text")
+
+    frame = reply = 0
+    char = len(pieces[0])
+    for message, piece in zip(messages, pieces[1:], strict=True):
+        if message["role"] == "stream":
+            for i in range(_learned(message)):
+                last = i == message["num_frames"] - 1
+                at = frame_stop[frame + i]
+                labels[at] = input_ids[at + 1] if last else fmt.interval_id
+            frame += message["num_frames"]
+        elif message["role"] == "assistant":
+            if message.get("learn", False):
+                # the token that holds the A of "\nAssistant: ...", whatever it was merged with
+                first = int(np.searchsorted(ends, char + len("\n"), side="right"))
+                stop = reply_stop[reply] + 1
+                labels[first - 1 : stop - 1] = input_ids[first:stop]
+            reply += 1
+        char += len(piece)
+    return Encoded(input_ids, labels, conversation)
+
+
+def label_weights(encoded: Encoded, fmt: StreamFormat, stream_weight: float) -> np.ndarray:
+    """f32[T]: `stream_weight` where a frame token has a label, 1 where another token has one, 0 elsewhere."""
+    weights = np.where(encoded.input_ids == fmt.frame_token_id, stream_weight, 1.0)
+    return np.where(encoded.labels != IGNORE, weights, 0.0).astype(np.float32)
+
+
+def num_frames(conversation: list[dict]) -> int:
+    """Frames that a conversation shows."""
+    return sum(message["num_frames"] for message in conversation if message["role"] == "stream")
+
+
+def _pieces(conversation: list[dict], fmt: StreamFormat) -> list[str]:
+    """The opening, then one text for each message of `_messages`."""
+    for index, message in enumerate(conversation):
+        _check(message, index)
+    given = conversation and conversation[0]["role"] == "system"
+    pieces = [fmt.opening(conversation[0]["content"] if given else DEFAULT_SYSTEM_PROMPT)]
+    for message in _messages(conversation):
+        if message["role"] == "stream":
+            count = message["num_frames"]
+            pieces.append(f"{fmt.open_stream}{fmt.frames(count)}{fmt.close_stream}" if count else "")
+        elif message["role"] == "user":
+            pieces.append(fmt.user_text(message["content"]))
+        else:
+            pieces.append(fmt.reply_text(message["content"]))
+    return pieces
+
+
+def _messages(conversation: list[dict]) -> list[dict]:
+    """The conversation without its system message."""
+    return [message for message in conversation if message["role"] != "system"]
+
+
+def _learned(message: dict) -> int:
+    """How many of a stream's frames are learned: the first ones."""
+    learn = message.get("learn", False)
+    return message["num_frames"] if learn is True else min(int(learn), message["num_frames"])
+
+
+def _check(message: dict, index: int) -> None:
+    where = f"message {index} of the conversation"
+    role = message.get("role")
+    if role == "stream":
+        for key in ("num_frames", "learn"):
+            value = message.get(key, False if key == "learn" else None)
+            if not isinstance(value, int | np.integer) or value < 0:
+                raise UserError(f"{where}: {key} of a stream must be a number of frames, not {value!r}")
+    elif role in ("system", "user", "assistant"):
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"{where}: a {role} message needs its text under the key 'content'")
+        if role == "system" and index > 0:
+            raise UserError(f"{where}: the system message must come first")
+    else:
+        raise UserError(f"{where}: role must be system, stream, user or assistant, not {role!r}")
+
+
+def _load(path: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer could be loaded; give a folder that has tokenizer.json") from error
+
+
+def _name(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
