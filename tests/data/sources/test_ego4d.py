@@ -1,0 +1,193 @@
+"""Ego4D narrations as streaming dialogues."""
+
+import json
+
+import pytest
+
+from vmod_jax.data.conversation import num_frames
+from vmod_jax.data.sources.ego4d import BENCHMARKS, clean_text, narration_samples
+from vmod_jax.errors import UserError
+
+
+def write(folder, videos, name="narrations.json"):
+    """videos: {uid: [(time, text), ...]} -> a narrations file."""
+    entries = {
+        uid: {"narrations": [{"time": time, "text": text, "_annotation_uid": "a"} for time, text in narrations]}
+        for uid, narrations in videos.items()
+    }
+    path = folder / name
+    path.write_text(json.dumps({"videos": entries}))
+    return path
+
+
+def said(sample):
+    """[(frame, text)] of a sample's replies."""
+    frame, replies = sample.start - 1, []
+    for message in sample.conversation:
+        if message["role"] == "stream":
+            frame += message["num_frames"]
+        elif message["role"] == "assistant":
+            replies.append((frame, message["content"]))
+    assert frame == sample.stop - 1
+    return replies
+
+
+@pytest.mark.goldens
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_narrations_are_the_references(goldens, split):
+    folder = goldens / "sources"
+    expected = json.loads((folder / "expected.json").read_text())
+    file = folder / "ego4d" / "v2" / "annotations" / "all_narrations_redacted.json"
+    got = narration_samples(file, expected["durations"], fps=2, split=split)
+    samples = [{"conversation": s.conversation, "frames": {s.video: [s.start, s.stop]}} for s in got]
+    assert sorted(map(json.dumps, samples)) == [
+        json.dumps({"conversation": sorted_keys(c["conversation"]), "frames": c["frames"]})
+        for c in sorted(expected[f"narration_{split}"], key=order)
+    ]
+
+
+def sorted_keys(conversation):
+    """The messages with their keys in the order that ours have."""
+    order = ("role", "num_frames", "content", "learn")
+    return [{key: message[key] for key in order if key in message} for message in conversation]
+
+
+def order(case):
+    return json.dumps({"conversation": sorted_keys(case["conversation"]), "frames": case["frames"]})
+
+
+@pytest.mark.goldens
+def test_splits_share_no_video(goldens):
+    folder = goldens / "sources"
+    durations = json.loads((folder / "expected.json").read_text())["durations"]
+    file = folder / "ego4d" / "v2" / "annotations" / "all_narrations_redacted.json"
+    videos = [{s.video for s in narration_samples(file, durations, 2, split)} for split in ("train", "val", "test")]
+    assert all(videos)
+    assert len(set.union(*videos)) == sum(map(len, videos))
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("#C C picks up a knife", "C picks up a knife."),
+        ("#Unsure C washes hands\n", "C washes hands."),
+        ("#C C looks around #unsure", "C looks around."),
+        ("#C C  stirs , the   soup,", "C stirs , the soup."),
+        ("#c c walks", "C walks."),
+        ("#O a man X talks.", "A man X talks."),
+        ("@c c sits", "C sits."),
+        ("#unsure", "."),
+        ("", "."),
+    ],
+)
+def test_clean_text(text, clean):
+    assert clean_text(text) == clean
+
+
+def test_times(tmp_path):
+    file = write(
+        tmp_path,
+        {
+            "v": [
+                (5.9, "c ends here"),  # past the video's end: moved to it
+                (6.5, "c is never seen"),  # the sample has ended
+                (1.0, "c starts now"),
+                (1.2, "c waits first"),  # waits for the same frame as the next one
+                (1.4, "c goes on"),
+                (3.0, "c goes on"),  # said before
+                (3.1, "#unsure"),  # no word
+                (3.2, "c goes home"),
+            ]
+        },
+    )
+    (sample,) = narration_samples(file, {"v": 5.0}, fps=2)
+    assert (sample.video, sample.start, sample.stop) == ("v", 2, 11)
+    assert said(sample) == [(2, "C starts now."), (3, "C goes on."), (7, "C goes home."), (10, "C ends here.")]
+    assert [m.get("learn") for m in sample.conversation[:4]] == [False, None, True, True]
+    assert num_frames(sample.conversation) == sample.stop - sample.start
+
+
+@pytest.mark.parametrize("fps", [2, 3, 10, 29.97])
+def test_frames_are_not_lost_to_rounding(tmp_path, fps):
+    """A narration exactly at frame k waits for frame k."""
+    file = write(tmp_path, {"v": [(k / fps, f"event {k}") for k in range(300)]})
+    (sample,) = narration_samples(file, {"v": 299 / fps}, fps)
+    assert said(sample) == [(k, f"Event {k}.") for k in range(300)]
+
+
+def test_videos_without_duration_are_left_out(tmp_path):
+    file = write(tmp_path, {"v": [(1, "c walks")], "w": [(1, "c walks")], "empty": []})
+    assert [s.video for s in narration_samples(file, {"w": 9.0, "empty": 9.0}, 2)] == ["w"]
+
+
+def test_without_split_files_everything_is_train(tmp_path):
+    file = write(tmp_path, {"v": [(1, "c walks")]})
+    assert len(narration_samples(file, {"v": 9.0}, 2, "train")) == 1
+    assert narration_samples(file, {"v": 9.0}, 2, "val") == []
+    with pytest.raises(UserError, match="train, val, test"):
+        narration_samples(file, {"v": 9.0}, 2, "validation")
+
+
+def test_splits_json(tmp_path):
+    file = write(tmp_path, {uid: [(1, "c walks")] for uid in "abcd"})
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ["a"], "val": ["b"], "test": ["c", "absent"]}))
+    durations = dict.fromkeys("abcd", 9.0)
+    got = {split: [s.video for s in narration_samples(file, durations, 2, split)] for split in ("train", "val", "test")}
+    assert got == {"train": ["a"], "val": ["b"], "test": ["c"]}
+    (tmp_path / "splits.json").write_text(json.dumps({"valid": ["a"]}))
+    with pytest.raises(UserError, match="'valid'"):
+        narration_samples(file, durations, 2)
+
+
+def test_test_videos_are_those_that_are_not_val(tmp_path):
+    file = write(tmp_path, {uid: [(1, "c walks")] for uid in "abc"})
+    for benchmark in BENCHMARKS:
+        (tmp_path / f"{benchmark}_val.json").write_text(json.dumps({"videos": [{"video_uid": "a"}]}))
+        (tmp_path / f"{benchmark}_test_unannotated.json").write_text(
+            json.dumps({"clips": [{"video_uid": "a"}, {"video_uid": "b"}]})
+        )
+    durations = dict.fromkeys("abc", 9.0)
+    got = [[s.video for s in narration_samples(file, durations, 2, split)] for split in ("train", "val", "test")]
+    assert got == [["c"], ["a"], ["b"]]
+    (tmp_path / "nlq_val.json").unlink()
+    with pytest.raises(UserError, match=r"missing: nlq_val\.json"):
+        narration_samples(file, durations, 2)
+
+
+@pytest.mark.parametrize("key", ["time", "text", "_annotation_uid"])
+def test_missing_keys_are_named(tmp_path, key):
+    file = write(tmp_path, {"fine": [(1, "c walks")], "broken": [(1, "c walks"), (2, "c sits")]})
+    data = json.loads(file.read_text())
+    del data["videos"]["broken"]["narrations"][1][key]
+    file.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=f"video broken: narration 1 has no '{key}'"):
+        narration_samples(file, {"fine": 9.0, "broken": 9.0}, 2)
+    data["videos"]["broken"]["narrations"][1][key] = None
+    file.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=f"video broken: narration 1 has None as its '{key}'"):
+        narration_samples(file, {"broken": 9.0}, 2)
+
+
+def test_unusable_files_are_named(tmp_path):
+    file = tmp_path / "narrations.json"
+    with pytest.raises(UserError, match=r"narrations\.json: cannot be read"):
+        narration_samples(file, {}, 2)
+    file.write_text("{")
+    with pytest.raises(UserError, match="not a JSON file"):
+        narration_samples(file, {}, 2)
+    file.write_text("{}")
+    with pytest.raises(UserError, match="'videos'"):
+        narration_samples(file, {}, 2)
+    file.write_text('{"videos": {"v": {"status": "complete"}}}')
+    with pytest.raises(UserError, match="video v has no list 'narrations'"):
+        narration_samples(file, {"v": 9.0}, 2)
+
+
+def test_our_own_clips(clips):
+    file = clips / "streams" / "narrations.json"
+    durations = dict.fromkeys(json.loads(file.read_text())["videos"], 1e4)
+    samples = narration_samples(file, durations, fps=2)
+    assert {s.video for s in samples} == set(durations)
+    assert dict(said(next(s for s in samples if s.video == "car-detection")))[10] == (
+        "A white car enters from the bottom."
+    )

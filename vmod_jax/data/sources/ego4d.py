@@ -1,0 +1,170 @@
+"""Ego4D's annotations as streaming dialogues: the narration stream.
+
+A narration's text is what the model should say at the first frame at or after the narration's time. The source is
+VideoLLM-online (CVPR 2024), section 3.3; file layout and edge cases are the data set's own:
+
+    all_narrations_redacted.json   {"videos": {uid: {"narrations": [{"time", "text", "_annotation_uid"}]}}}
+    B_val.json, B_test_unannotated.json for eight benchmarks B
+                                   [{"video_uid"}] under "videos", "clips" or "annotations"
+    splits.json                    instead of those, for data of one's own: {"train": [uid], "val": [], "test": []}
+"""
+
+import json
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from vmod_jax.data.conversation import NARRATION_INSTRUCTION, Sample
+from vmod_jax.errors import UserError
+
+BENCHMARKS = ("goalstep", "fho_lta", "nlq", "moments", "av", "fho_oscc-pnr", "fho_sta", "vq")
+SPLITS = ("train", "val", "test")
+# The camera wearer, other people, what the annotator was unsure of. Order matters: the lone # comes last.
+TAGS = ("#C", "#c", "@c", "#O", "#o", "#Unsure", "#unsure", "#")
+
+
+def narration_samples(
+    narrations_file: str | Path, durations: dict[str, float], fps: float, split: str = "train"
+) -> list[Sample]:
+    """One sample for each (video, annotator) of a split.
+
+    Args:
+        narrations_file: `all_narrations_redacted.json` or a file of that shape; its folder may hold the split files.
+        durations: seconds of each video, (frames - 1) / fps; videos that are not in it are left out.
+        fps: frames a second at which the videos are watched.
+        split: train, val or test. Without any split file everything is train.
+
+    Returns samples whose first stream is one frame that is not learned (at the first narration), followed by the
+    instruction and the narrations.
+
+    Raises UserError for an unreadable file, naming the video and the key where one is missing.
+    """
+    path = Path(narrations_file)
+    in_split = _split_of(path.parent)
+    if split not in SPLITS:
+        raise UserError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
+    samples = []
+    for video, entry in _mapping(_read(path), "videos", path).items():
+        if video not in durations or in_split(video) != split:
+            continue
+        for narrations in _by_annotator(video, entry, path).values():
+            samples.extend(_sample(video, narrations, durations[video], fps))
+    return samples
+
+
+def clean_text(text: str) -> str:
+    """A narration as a sentence: "#C C  picks up a knife" -> "C picks up a knife."."""
+    for tag in TAGS:
+        text = text.replace(tag, "")
+    first, *rest = (text.strip(".,\n ") + ".").split()
+    return " ".join([first.capitalize(), *rest])
+
+
+def _sample(video: str, narrations: list[tuple[float, str]], duration: float, fps: float) -> list[Sample]:
+    """The sample of one annotator's narrations (time, clean text), sorted by time; none where there are none."""
+    # Times are counted in frames, which float seconds would miscount. The tolerance keeps 2.1 s x 10 fps frame 21.
+    end = math.floor(duration * fps + 1e-9)
+    spoken: list[tuple[int, str]] = []  # frame, text
+    last_text = None
+    for time, text in narrations:
+        if spoken and spoken[-1][0] >= end:
+            break
+        if text == last_text:
+            continue
+        frame = min(max(math.ceil(time * fps - 1e-9), 0), end)
+        if spoken and spoken[-1][0] == frame:
+            spoken.pop()  # both wait for the same frame; the later one is nearer to it
+        spoken.append((frame, text))
+        last_text = text
+    if not spoken:
+        return []
+    start, text = spoken[0]
+    conversation: list[dict[str, Any]] = [
+        {"role": "stream", "num_frames": 1, "learn": False},
+        {"role": "user", "content": NARRATION_INSTRUCTION},
+        {"role": "assistant", "content": text, "learn": True},
+    ]
+    for (before, _), (frame, text) in pairwise(spoken):
+        conversation.append({"role": "stream", "num_frames": frame - before, "learn": True})
+        conversation.append({"role": "assistant", "content": text, "learn": True})
+    return [Sample(conversation, video, start, spoken[-1][0] + 1)]
+
+
+def _by_annotator(video: str, entry: Any, path: Path) -> dict[str, list[tuple[float, str]]]:
+    """Annotator -> (time, clean text) of the narrations of two or more words, sorted by time."""
+    where = f"{path.name}: video {video}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("narrations"), list):
+        raise UserError(f"{where} has no list 'narrations'; give it one, or take the video out")
+    found: dict[str, list[tuple[float, str]]] = {}
+    for index, narration in enumerate(entry["narrations"]):
+        for key, kind in (("time", int | float), ("text", str), ("_annotation_uid", str)):
+            if not isinstance(narration, dict) or key not in narration:
+                raise UserError(f"{where}: narration {index} has no '{key}'")
+            if not isinstance(narration[key], kind):
+                raise UserError(f"{where}: narration {index} has {narration[key]!r} as its '{key}'")
+        if not math.isfinite(narration["time"]):
+            raise UserError(f"{where}: narration {index} has {narration['time']!r} as its 'time'")
+        text = clean_text(narration["text"])
+        if len(text.split()) >= 2:
+            found.setdefault(narration["_annotation_uid"], []).append((float(narration["time"]), text))
+    return {uid: sorted(narrations, key=lambda narration: narration[0]) for uid, narrations in found.items()}
+
+
+def _split_of(folder: Path) -> Callable[[str], str | None]:
+    """video -> "train" | "val" | "test", from the files in the folder."""
+    files = {
+        split: [folder / f"{benchmark}_{name}.json" for benchmark in BENCHMARKS]
+        for split, name in (("val", "val"), ("test", "test_unannotated"))
+    }
+    expected = files["val"] + files["test"]
+    missing = [file.name for file in expected if not file.is_file()]
+    if not missing:
+        val, test = ({uid for file in files[split] for uid in _video_uids(file)} for split in ("val", "test"))
+        return lambda video: "val" if video in val else "test" if video in test else "train"
+    splits = folder / "splits.json"
+    if splits.is_file():
+        given = {split: _uids(uids, split, splits) for split, uids in _mapping(_read(splits), None, splits).items()}
+        return lambda video: next((split for split, uids in given.items() if video in uids), None)
+    if len(missing) < len(expected):
+        # A guess would put test videos into the training set.
+        raise UserError(f"{folder}: of the benchmarks' split files these are missing: {', '.join(missing)}")
+    return lambda video: "train"
+
+
+def _video_uids(file: Path) -> set[str]:
+    data = _mapping(_read(file), None, file)
+    for key in ("videos", "clips", "annotations"):
+        if key in data:
+            try:
+                return {item["video_uid"] for item in data[key]}
+            except (TypeError, KeyError) as error:
+                raise UserError(f"{file}: an entry of '{key}' has no 'video_uid'") from error
+    raise UserError(f"{file}: none of the keys 'videos', 'clips', 'annotations' is there")
+
+
+def _uids(uids: Any, split: str, file: Path) -> set[str]:
+    if split not in SPLITS or not isinstance(uids, list):
+        raise UserError(f"{file}: '{split}' must be one of {', '.join(SPLITS)} and hold a list of video ids")
+    return set(uids)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path of the annotations") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from error
+
+
+def _mapping(data: Any, key: str | None, path: Path) -> dict[str, Any]:
+    """data, or data[key], which must be an object."""
+    if key is not None:
+        data = data.get(key) if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{path}: no object {f'under {key!r}' if key else 'at the top'}; this is not an annotation file"
+        )
+    return data
