@@ -245,7 +245,7 @@ def _picture(frame: np.ndarray) -> str:
 
 
 def _mask(kept: np.ndarray, grid: tuple[int, int], cls: bool) -> dict[str, Any]:
-    """One frame's kept tokens i32[k] on the grid: (row, column) of kept and of skipped cells, and whether CLS was kept."""
+    """One frame's kept tokens i32[k] on the grid: (row, column) of kept and of skipped cells, and whether CLS was."""
     chosen = {int(index) for index in kept}
     cells = {int(cls) + row * grid[1] + column: (row, column) for row in range(grid[0]) for column in range(grid[1])}
     return {
