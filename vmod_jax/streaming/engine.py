@@ -1,0 +1,195 @@
+"""One stream on the device: two compiled functions over a cache whose capacity grows by buckets.
+
+Every array has a static shape: a chunk of text is padded to one of `TEXT_CHUNKS`, frames come `m` at a time behind a
+little text, and the cache has a capacity in frames and one in text tokens that double when a stream outgrows them.
+There is one compile for each combination that occurs, and none while a stream stays inside its bucket.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from vmod_jax.errors import UserError
+from vmod_jax.models import kv_cache
+from vmod_jax.models.kv_cache import Cache
+from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, cache_slots, dummy_frames, make_cache
+
+TEXT_CHUNKS = (8, 32, 128, 512)
+FRAME_TEXT = 4  # text tokens in a chunk beside its frames and the intervals between them
+
+
+class Mark(NamedTuple):
+    """A place in a stream to which it can be rolled back: text tokens and frames before it."""
+
+    text: int
+    frames: int
+
+
+class Programs:
+    """The compiled functions of one model, shared by all its streams. `compiles` counts traces by name."""
+
+    def __init__(self, config: VideoLMConfig):
+        self.config, self.model = config, VideoLM(config)
+        self.compiles: dict[str, int] = {}
+        # The cache is donated: it is updated in place.
+        self.extend = jax.jit(self._extend, donate_argnames="cache")
+        self.generate = jax.jit(self._generate, donate_argnames="cache", static_argnames="limit")
+        self.grow = jax.jit(kv_cache.grow, static_argnames="slots")
+        self.roll_back = jax.jit(kv_cache.roll_back, donate_argnames="cache")
+
+    def _extend(self, params, cache: Cache, input_ids: Array, frames: Array | None, length: Array, read: Array):
+        """Appends a chunk. input_ids: i32[1, C]; length: i32[1]; read: i32[R] -> (f32[R, V] logits there, cache)."""
+        self.compiles["extend"] = self.compiles.get("extend", 0) + 1
+        apply = functools.partial(self.model.apply, {"params": params})
+        hidden, _, cache = apply(input_ids, frames, length, cache, method="hidden")
+        return apply(hidden[0, read], method="logits"), cache
+
+    def _generate(self, params, cache: Cache, input_ids: Array, length: Array, eos: Array, limit: int):
+        """Appends a chunk of text, then decodes greedily to eos or `limit` tokens.
+
+        -> (i32[limit] tokens, their count, whether eos came, cache). The cache holds the tokens, eos not.
+        """
+        self.compiles["generate"] = self.compiles.get("generate", 0) + 1
+        apply = functools.partial(self.model.apply, {"params": params})
+
+        def extend(cache, ids, length):
+            hidden, _, cache = apply(ids, None, length, cache, method="hidden")
+            last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[0, 0]
+            return jnp.argmax(apply(last, method="logits")).astype(jnp.int32), cache
+
+        def step(state):
+            cache, token, out, count = state
+            out = out.at[count].set(token)
+            token, cache = extend(cache, token[None, None], jnp.ones(1, jnp.int32))
+            return cache, token, out, count + 1
+
+        token, cache = extend(cache, input_ids, length)
+        state = (cache, token, jnp.zeros(limit, jnp.int32), jnp.int32(0))
+        cache, token, out, count = jax.lax.while_loop(lambda s: (s[1] != eos) & (s[3] < limit), step, state)
+        return out, count, token == eos, cache
+
+
+class Engine:
+    """The device side of one stream: text and frames go in, logits and replies come out.
+
+    announce: called with one line whenever the cache grows.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        params: Any,
+        max_frames: int = 1200,
+        first_frames: int = 64,
+        first_text: int = 256,
+        announce: Callable[[str], None] = lambda line: None,
+    ):
+        self.programs, self.params, self.config = programs, params, programs.config
+        self.max_frames, self.announce = max_frames, announce
+        self.capacity = Mark(text=first_text, frames=min(first_frames, max_frames))
+        self.used = Mark(0, 0)
+        self.input_ids: list[int] = []  # everything the stream has been fed
+        self.cache = make_cache(self.config, self.capacity.frames, self.capacity.text)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that the stream holds on the device."""
+        return kv_cache.num_bytes(self.cache)
+
+    def _reserve(self, text: int, frames: int) -> None:
+        need = Mark(self.used.text + text, self.used.frames + frames)
+        if need.frames > self.max_frames:
+            raise UserError(
+                f"the stream has reached max_frames = {self.max_frames} frames "
+                f"({self.max_frames / self.config.fps:.0f} s): start a new stream, or open it with a larger max_frames"
+            )
+        capacity = self.capacity
+        while capacity.text < need.text:
+            capacity = capacity._replace(text=2 * capacity.text)
+        while capacity.frames < need.frames:
+            capacity = capacity._replace(frames=min(2 * capacity.frames, self.max_frames))
+        if capacity != self.capacity:
+            slots = tuple(cache_slots(self.config, capacity.frames, capacity.text))
+            self.cache, self.capacity = self.programs.grow(self.cache, slots), capacity
+            self.announce(
+                f"cache grown to {capacity.frames} frames and {capacity.text} text tokens "
+                f"({self.cache_bytes / 2**20:.1f} MiB)"
+            )
+
+    def _record(self, ids: list[int], frames: int) -> None:
+        self.input_ids += ids
+        n = self.config.tokens_per_frame
+        self.used = Mark(self.used.text + len(ids) - frames * n, self.used.frames + frames)
+
+    def _text_chunk(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        size = next(size for size in TEXT_CHUNKS if size >= len(ids))
+        chunk = np.zeros((1, size), np.int32)
+        chunk[0, : len(ids)] = ids
+        return chunk, np.array([len(ids)], np.int32)
+
+    def feed_text(self, ids: list[int]) -> None:
+        """Appends text tokens of any number."""
+        for start in range(0, len(ids), TEXT_CHUNKS[-1]):
+            part = ids[start : start + TEXT_CHUNKS[-1]]
+            self._reserve(len(part), 0)
+            chunk, length = self._text_chunk(part)
+            _, self.cache = self.programs.extend(self.params, self.cache, chunk, None, length, np.zeros(1, np.int32))
+            self._record(part, 0)
+
+    def feed_frames(self, ids: list[int], frames: np.ndarray, interval: list[int], width: int = 1) -> np.ndarray:
+        """Appends text, then frames with `interval` between them; -> f32[m, V], logits at each frame's last token.
+
+        frames: u8[m, S, S, 3] pixels or f32[m, n, d_v] features, m <= width; width: frames that the call is compiled
+        for (the rest is padding).
+        """
+        n, count = self.config.tokens_per_frame, len(frames)
+        if len(ids) > FRAME_TEXT:
+            self.feed_text(ids[:-FRAME_TEXT])
+            ids = ids[-FRAME_TEXT:]
+        frame = [self.config.frame_token_id] * n
+        tokens = list(ids)
+        read = np.zeros(width, np.int32)
+        for i in range(count):
+            tokens += (interval if i else []) + frame
+            read[i] = len(tokens) - 1
+        self._reserve(len(tokens) - count * n, count)
+        chunk = np.zeros((1, FRAME_TEXT + width * n + (width - 1) * len(interval)), np.int32)
+        chunk[0, : len(tokens)] = tokens
+        shape = dummy_frames(self.config).shape[2:]
+        if frames.ndim == 3:
+            shape = (n, self.config.vision_hidden_size)
+        if frames.shape[1:] != shape:
+            raise UserError(f"a frame of shape {list(frames.shape[1:])}, but the model takes {list(shape)}")
+        padded = np.zeros((1, width, *frames.shape[1:]), frames.dtype)
+        padded[0, :count] = frames
+        length = np.array([len(tokens)], np.int32)
+        logits, self.cache = self.programs.extend(self.params, self.cache, chunk, padded, length, read)
+        self._record(tokens, count)
+        return np.asarray(logits)[:count]
+
+    def forget_frames(self, count: int, interval: list[int]) -> None:
+        """Rolls back over the last `count` frames, each with the interval before it."""
+        tokens = count * (self.config.tokens_per_frame + len(interval))
+        del self.input_ids[len(self.input_ids) - tokens :]
+        self.used = Mark(self.used.text - count * len(interval), self.used.frames - count)
+        position, frames = np.array([len(self.input_ids)], np.int32), np.array([self.used.frames], np.int32)
+        self.cache = self.programs.roll_back(self.cache, position, frames)
+
+    def generate(self, ids: list[int], eos: int, limit: int) -> tuple[list[int], bool]:
+        """Appends text and decodes a reply greedily: -> (its tokens without eos, whether it ended by itself)."""
+        keep = len(ids) % TEXT_CHUNKS[-1] or TEXT_CHUNKS[-1]
+        self.feed_text(ids[:-keep])
+        ids = ids[-keep:]
+        self._reserve(len(ids) + limit, 0)
+        chunk, length = self._text_chunk(ids)
+        out, count, ended, self.cache = self.programs.generate(
+            self.params, self.cache, chunk, length, np.int32(eos), limit=limit
+        )
+        reply = np.asarray(out)[: int(count)].tolist()
+        self._record(ids + reply, 0)
+        return reply, bool(ended)

@@ -1,0 +1,153 @@
+"""A live conversation over a stream of frames: when to speak, and what text goes in around it.
+
+The tokens fed piece by piece are those of the whole conversation written as text (`data/conversation.py`): text is
+held back until a frame or a reply follows, because tokens may merge across the pieces.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vmod_jax.data.conversation import DEFAULT_SYSTEM_PROMPT, StreamFormat
+from vmod_jax.errors import UserError
+from vmod_jax.streaming.engine import Engine, Programs
+
+
+class Turn(NamedTuple):
+    """Something said at `time` seconds of the stream, by "user" or "assistant"."""
+
+    time: float
+    role: str
+    text: str
+
+
+class Session:
+    """One stream. Push frames, ask questions; replies come back and are kept in `turns`.
+
+    threshold: the model speaks after a frame when P(interval) < threshold or the interval is not its first choice.
+    max_reply: a reply is cut after so many tokens (the text stays well-formed).
+    width: frames that `push_many` computes in one call.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        params: Any,
+        fmt: StreamFormat,
+        threshold: float = 0.725,
+        system: str = DEFAULT_SYSTEM_PROMPT,
+        max_frames: int = 1200,
+        max_reply: int = 64,
+        width: int = 8,
+        announce: Callable[[str], None] = lambda line: None,
+    ):
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold {threshold} is outside [0, 1]: it is a probability, 0 asks for argmax alone")
+        self.engine = Engine(programs, params, max_frames, announce=announce)
+        self.fmt, self.fps = fmt, programs.config.fps
+        self.threshold, self.max_reply, self.width = threshold, max_reply, width
+        self.turns: list[Turn] = []
+        self.frames = 0
+        self._in_stream = False  # whether a "[" is open
+        self._pending_ids: list[int] = []  # tokens that wait for the text behind them
+        self._pending_text = fmt.opening(system)
+        self._queries: list[tuple[float, str]] = []
+
+    # --- what a user calls --------------------------------------------------------------------------------------------
+
+    @property
+    def next_time(self) -> float:
+        """Time of the next frame, in seconds."""
+        return self.frames / self.fps
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.engine.cache_bytes
+
+    def ask(self, text: str, time: float | None = None) -> str | None:
+        """Asks at `time` seconds (default: the next frame's time).
+
+        A question before the next frame's time is answered now, and the reply returned; one at or after a frame's
+        time is answered by the `push` of that frame.
+        """
+        time = self.next_time if time is None else time
+        if time < self.next_time:
+            return self._answer(text, time)
+        self._queries = sorted([*self._queries, (time, text)], key=lambda query: query[0])
+        return None
+
+    def push(self, frame: np.ndarray) -> str | None:
+        """Shows one frame, u8[S, S, 3] pixels or f32[n, d_v] features; -> what the model says after it, or None."""
+        replies = self.push_many([frame])
+        return replies[-1].text if replies else None
+
+    def push_many(self, frames: Sequence[np.ndarray]) -> list[Turn]:
+        """Shows queued frames in calls of up to `width`, with the same replies as one `push` each.
+
+        Where the model speaks in the middle of a call, the stream is rolled back to that frame.
+        """
+        first_turn, queue = len(self.turns), [np.asarray(frame) for frame in frames]
+        while queue:
+            while self._queries and self._queries[0][0] < self.next_time:
+                time, text = self._queries.pop(0)
+                self._answer(text, time)
+            chunk = queue[: self._frames_until_query()]
+            speaks = self._show(np.stack(chunk))
+            shown = len(chunk) if speaks is None else speaks + 1
+            self.frames += shown
+            if speaks is not None and shown < len(chunk):
+                self.engine.forget_frames(len(chunk) - shown, self.fmt.interval_ids)
+            queue = queue[shown:]
+            now = (self.frames - 1) / self.fps
+            if self._queries and self._queries[0][0] <= now:
+                while self._queries and self._queries[0][0] <= now:
+                    time, text = self._queries.pop(0)
+                    self._answer(text, time)
+            elif speaks is not None:
+                self._reply("", now)
+        return [turn for turn in self.turns[first_turn:] if turn.role == "assistant"]
+
+    # --- the protocol -------------------------------------------------------------------------------------------------
+
+    def _frames_until_query(self) -> int:
+        """Frames that may be shown before the next question must be answered; at most `width`."""
+        count = self.width
+        if self._queries:
+            # The frame at or after the question's time is the last one before its answer.
+            count = int(np.floor(self._queries[0][0] * self.fps + 1e-9)) - self.frames + 1
+        return int(np.clip(count, 1, self.width))
+
+    def _show(self, frames: np.ndarray) -> int | None:
+        """Feeds frames; -> index of the first after which the model wants to speak."""
+        text = self._pending_text + (self.fmt.interval if self._in_stream else self.fmt.open_stream)
+        ids = self._pending_ids + self.fmt.tokenize(text)
+        width = 1 if len(frames) == 1 else self.width
+        logits = self.engine.feed_frames(ids, frames, self.fmt.interval_ids, width)
+        self._pending_ids, self._pending_text, self._in_stream = [], "", True
+        speaks = np.flatnonzero(wants_to_speak(logits, self.fmt.interval_id, self.threshold))
+        return int(speaks[0]) if len(speaks) else None
+
+    def _answer(self, query: str, time: float) -> str:
+        self.turns.append(Turn(time, "user", query))
+        return self._reply(self.fmt.user_text(query), time)
+
+    def _reply(self, user_text: str, time: float) -> str:
+        """Lets the model speak, after a question or by itself."""
+        close = self.fmt.close_stream if self._in_stream else ""
+        text = self._pending_text + close + user_text + self.fmt.assistant_prefix
+        ids = self._pending_ids + self.fmt.tokenize(text)
+        reply, _ = self.engine.generate(ids, self.fmt.eos_id, self.max_reply)
+        # eos has not been fed: it goes in with what comes next, also after a reply that was cut.
+        self._pending_ids, self._pending_text, self._in_stream = [self.fmt.eos_id], "", False
+        said = self.fmt.tokenizer.decode(reply, skip_special_tokens=True).strip()
+        self.turns.append(Turn(time, "assistant", said))
+        return said
+
+
+def wants_to_speak(logits: np.ndarray, interval_id: int, threshold: float) -> np.ndarray:
+    """The rule after each frame: P(interval) < threshold, or the interval is not the argmax. f32[m, V] -> bool[m]."""
+    logits = logits.astype(np.float64)
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    silent = shifted[:, interval_id] / shifted.sum(-1)
+    return (silent < threshold) | (logits.argmax(-1) != interval_id)
