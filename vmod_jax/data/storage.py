@@ -143,7 +143,7 @@ def open_source(path: str | Path, split: str, expect: Mapping[str, Any] | None =
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
-    """kind "pixels" with size S, or kind "features" with n and d_v; dtype, fps, splits {name: count}; what was added."""
+    """kind "pixels" with size, or "features" with n and d_v; dtype, fps, splits {name: count}; whatever was added."""
     file = Path(path) / META
     if not file.is_file():
         raise UserError(f"{path}: no prepared data set here ({META} is missing); make one with `vmod data`")

@@ -10,6 +10,7 @@ import pytest
 
 from vmod_jax.data import video
 from vmod_jax.data.sources import shapes
+from vmod_jax.data.sources.ego4d import narration_samples
 from vmod_jax.errors import UserError
 
 WORLD = shapes.World()
@@ -107,6 +108,27 @@ def test_narrations_are_true(folder):
                 place = verb.split(" the ")[1]
                 assert new == {(thing, place)}
                 assert [what for what, _ in gone] == ([thing] if verb.startswith("moves") else [])
+
+
+def test_every_narration_becomes_a_reply_at_its_frame(folder):
+    """Through the same door as a user's own narrations: none is dropped, replaced or moved."""
+    scenes = load(folder / "boxes.json")
+    durations = {name: (len(frames) - 1) / WORLD.sample_fps for name, frames in scenes.items()}
+    samples = {}
+    for split, names in load(folder / "splits.json").items():
+        found = narration_samples(folder / "narrations.json", durations, WORLD.sample_fps, split)
+        assert [one.video for one in found] == names
+        samples |= {one.video: one for one in found}
+    for name, narrations in narrated(folder):
+        frame, replies = samples[name].start - 1, []
+        for message in samples[name].conversation:
+            if message["role"] == "stream":
+                frame += message["num_frames"]
+            elif message["role"] == "assistant":
+                replies.append((frame, message["content"]))
+        said = [(math.ceil(time * WORLD.sample_fps), f"{text.removeprefix('#O ')}.") for time, text in narrations]
+        assert replies == said
+        assert {text for _, text in replies} <= set(shapes.sentences())
 
 
 def test_events_are_irregular_and_keep_their_distance():
