@@ -1,6 +1,7 @@
 """Vision towers against transformers' own, adaptive pooling against torch, and the parameter-free encoder by hand."""
 
 import json
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -186,14 +187,15 @@ def test_misfit_weights_are_named(kind, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_full_size_towers_equal_transformers(kind, tmp_path):
-    """SigLIP-L/16-384 and CLIP ViT-L/14-336 with random weights: 1.3 GB and a minute each."""
+def test_full_size_towers_equal_transformers(kind):
+    """SigLIP-L/16-384 and CLIP ViT-L/14-336 with random weights: 1.3 GB, deleted at once, and a minute each."""
     make_config, make, _, _ = hf_classes(kind)
     model = make(make_config(**FULL_SIZE[kind]))
-    model.save_pretrained(tmp_path)
-    pixels = random_frames(VisionConfig.from_hf_config(read_config(tmp_path)), 1)
-    want = reference(model, kind, pixels, True, (7, 7))
-    np.testing.assert_allclose(ours(tmp_path, pixels, True, (7, 7)), want, rtol=0, atol=1e-4)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        pixels = random_frames(VisionConfig.from_hf_config(read_config(folder)), 1)
+        got = ours(folder, pixels, True, (7, 7))
+    np.testing.assert_allclose(got, reference(model, kind, pixels, True, (7, 7)), rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- shapes, counts
