@@ -12,7 +12,12 @@ from vmod_jax.training.checkpoint import Checkpoints, load_params, save_params
 
 def _run(seed: int):
     key = jax.random.key(seed)
-    params = {"llama": {"layers": {"q": {"kernel": jax.random.normal(key, (2, 4, 4), jnp.bfloat16)}}, "norm": {"scale": jnp.ones(4)}}}
+    params = {
+        "llama": {
+            "layers": {"q": {"kernel": jax.random.normal(key, (2, 4, 4), jnp.bfloat16)}},
+            "norm": {"scale": jnp.ones(4)},
+        }
+    }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     state = {"optimizer": optimizer.init(params), "rng": jax.random.key_data(key)}
     return params, state

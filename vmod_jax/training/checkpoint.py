@@ -22,11 +22,15 @@ Tree = Any
 
 
 class Checkpoints:
-    """The checkpoints of a workdir; keeps the latest `keep`. A context manager: leaving waits for what is being saved."""
+    """The checkpoints of a workdir; keeps the latest `keep`. A context manager: leaving waits for what is being
+    saved.
+    """
 
     def __init__(self, workdir: Path, keep: int | None = None):
         folder = Path(workdir).absolute() / "checkpoints"
-        self.manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+        self.manager = ocp.CheckpointManager(
+            folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        )
 
     def latest(self) -> int | None:
         """The step of the last whole checkpoint."""
@@ -93,14 +97,17 @@ def _no_checkpoint(workdir: str | Path) -> Any:
 def _check_fits(stored: Any, tree: Tree) -> None:
     """Compares the shapes of a stored tree with those of `tree`, before anything is read."""
     if not stored.exists():
-        raise UserError(f"{stored.parent} has no {stored.name}: start a new run from it with init_from, in another --workdir")
+        raise UserError(
+            f"{stored.parent} has no {stored.name}: start a new run from it with init_from, in another --workdir"
+        )
     with ocp.StandardCheckpointer() as reader:
         there, here = _shapes(reader.metadata(stored).item_metadata.tree), _shapes(tree)
     if different := sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path)):
         path = different[0]
+        shapes = there.get(path, "absent"), here.get(path, "absent")
         raise UserError(
-            f"{stored} does not fit this run: {len(different)} array(s) differ, {path} is {there.get(path, 'absent')} there "
-            f"and {here.get(path, 'absent')} here; use another --workdir, or init_from to start from its parameters"
+            f"{stored} does not fit this run: {len(different)} array(s) differ, {path} is {shapes[0]} "
+            f"there and {shapes[1]} here; use another --workdir, or init_from to start from its parameters"
         )
 
 

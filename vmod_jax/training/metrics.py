@@ -19,7 +19,7 @@ PEAK_FLOPS = (
 
 
 def mfu(flops: float, seconds: float) -> float | None:
-    """The share of all devices' peak that `flops` in `seconds` is; None for a device whose peak is not known (a CPU)."""
+    """The share of all devices' peak that `flops` in `seconds` is; None where the peak is not known (a CPU)."""
     kind = jax.devices()[0].device_kind
     peak = next((peak for name, peak in PEAK_FLOPS if name in kind), None)
     return None if peak is None else flops / seconds / (peak * jax.device_count())

@@ -5,9 +5,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vmod_jax.data.conversation import IGNORE
 from vmod_jax.models.layout import invert, take_rows
-
-IGNORE = -100
 
 
 def gather_labelled(hidden: jax.Array, label_pos: jax.Array) -> jax.Array:

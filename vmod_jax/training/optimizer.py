@@ -22,6 +22,15 @@ Tree = dict[str, Any]
 GROUPS = ("lora", "connector", "expert", "base", "vision")
 
 
+def flatten(tree: Tree) -> dict[str, Any]:
+    """{"a": {"b": x}} -> {"a/b": x}"""
+    return dict(traverse_util.flatten_dict(tree, sep="/"))
+
+
+def unflatten(flat: dict[str, Any]) -> Tree:
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
 def group(path: str) -> str:
     """The group of the parameter at a path such as `llama/layers/q/lora_a`."""
     names = path.split("/")
@@ -42,25 +51,24 @@ def trained_groups(config: Any) -> set[str]:
 
 def split(params: Tree, groups: set[str]) -> tuple[Tree, Tree]:
     """A parameter tree -> (trained, frozen), two trees without a path in common; `merge` is its inverse."""
-    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = flatten(params)
     trained = {path: x for path, x in flat.items() if group(path) in groups}
     frozen = {path: x for path, x in flat.items() if group(path) not in groups}
-    return traverse_util.unflatten_dict(trained, sep="/"), traverse_util.unflatten_dict(frozen, sep="/")
+    return unflatten(trained), unflatten(frozen)
 
 
 def merge(trained: Tree, frozen: Tree) -> Tree:
     """The whole parameter tree again."""
-    flat = traverse_util.flatten_dict(trained) | traverse_util.flatten_dict(frozen)
-    return traverse_util.unflatten_dict(flat)
+    return unflatten(flatten(trained) | flatten(frozen))
 
 
 def decayed(path: str) -> bool:
-    """Weight decay is for matrices: not for norms, biases or experts (stacked over layers, all have an axis too many)."""
+    """Weight decay is for matrices: not for norms, biases or experts (which, stacked over layers, look like some)."""
     return path.split("/")[-1] in ("kernel", "embedding", "lora_a", "lora_b") and group(path) != "expert"
 
 
 def schedule(peak: float, steps: int, warmup: float) -> optax.Schedule:
-    """Linear warm-up over the first `warmup` of the steps (no step at rate 0), then a half cosine down to 0 at `steps`."""
+    """Linear warm-up over the first `warmup` of the steps (none at rate 0), then half a cosine down to 0 at `steps`."""
     first = max(1, round(warmup * steps))
 
     def rate(step: Any) -> Any:
@@ -79,8 +87,8 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
 
     def by_path(function: Any) -> Any:
         def apply(tree: Tree) -> Tree:
-            flat = traverse_util.flatten_dict(tree, sep="/")
-            return traverse_util.unflatten_dict({path: function(path, x) for path, x in flat.items()}, sep="/")
+            flat = flatten(tree)
+            return unflatten({path: function(path, x) for path, x in flat.items()})
 
         return apply
 

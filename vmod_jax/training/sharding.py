@@ -59,7 +59,9 @@ def make_mesh(sizes: Any, batch_size: int, heads: int, kv_heads: int) -> Mesh:
     if int(np.prod(list(shape.values()))) != devices:
         raise UserError(f"{wanted} does not fit {devices} device(s): the product of the sizes must be {devices}")
     if shape["context"] > 1:
-        raise UserError(f"mesh.context={shape['context']}: splitting the token axis is not there yet, use mesh.context=1")
+        raise UserError(
+            f"mesh.context={shape['context']}: splitting the token axis is not there yet, use mesh.context=1"
+        )
     rows = shape["data"] * shape["fsdp"]
     if batch_size % rows:
         raise UserError(f"batch_size={batch_size} does not divide over mesh.data x mesh.fsdp = {rows}")
@@ -74,7 +76,9 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     for pattern, axes in PARAMETERS:
         if re.search(pattern, path) and len(axes) == len(shape):
             names = [LOGICAL[axis] for axis in axes]
-            fits = [name if name and size % mesh.shape[name] == 0 else None for name, size in zip(names, shape, strict=True)]
+            fits = [
+                name if name and size % mesh.shape[name] == 0 else None for name, size in zip(names, shape, strict=True)
+            ]
             return PartitionSpec(*fits)
     return PartitionSpec()
 
@@ -100,7 +104,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict
     sharding, first = NamedSharding(mesh, BATCH), local_rows(mesh, batch_size).start
 
     def put(local: np.ndarray) -> jax.Array:
-        def rows(index: tuple[slice, ...]) -> np.ndarray:
+        def rows(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             return local[start - first : stop - first]
 

@@ -11,7 +11,7 @@ VideoLLM-online (CVPR 2024), section 3.3; file layout and edge cases are the dat
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ TAGS = ("#C", "#c", "@c", "#O", "#o", "#Unsure", "#unsure", "#")
 
 
 def narration_samples(
-    narrations_file: str | Path, durations: dict[str, float], fps: float, split: str = "train"
+    narrations_file: str | Path, durations: Mapping[str, float], fps: float, split: str = "train"
 ) -> list[Sample]:
     """One sample for each (video, annotator) of a split.
 

@@ -1,0 +1,358 @@
+"""`vmod train`: config -> data -> model -> mesh -> batches -> state -> restore -> loop -> save."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from vmod_jax import workdir as folder
+from vmod_jax.data.conversation import stream_format
+from vmod_jax.data.pipeline import batches, make_buckets, open_streams
+from vmod_jax.errors import UserError
+from vmod_jax.models.flops import kept_counts, step_flops
+from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params, num_params
+from vmod_jax.training import config as configuration
+from vmod_jax.training import objective
+from vmod_jax.training.checkpoint import Checkpoints, load_params
+from vmod_jax.training.config import Config
+from vmod_jax.training.metrics import MetricsLog, mfu
+from vmod_jax.training.optimizer import flatten, make_optimizer, merge, split, to_f32, trained_groups, unflatten
+from vmod_jax.training.sharding import local_rows, make_mesh, placements, put_batch
+
+Tree = Any
+
+
+class State(NamedTuple):
+    """What a step takes and gives back. The trained parameters are float32; the frozen ones never change."""
+
+    trained: Tree
+    optimizer: Tree
+    rng: jax.Array  # key data u32[2], of LoRA's dropout
+
+
+class Summary(NamedTuple):
+    """What a run did. seconds: of the loop, compilation and saving included; step_seconds: the median, without."""
+
+    step: int
+    loss: float | None
+    seconds: float
+    step_seconds: float | None
+    compile_seconds: float
+    trained_params: int
+    frozen_params: int
+
+
+def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) -> Summary:
+    """Trains into `workdir`, or goes on with what is there; see `training/config.py` for the keys.
+
+    stop_at: save and stop after this step, as an interruption (SIGINT, SIGTERM) would; the schedule stays that of
+    config.steps. Raises UserError for whatever does not fit.
+    """
+    config, workdir = configuration.complete(config), Path(workdir).expanduser()
+    say = print if jax.process_index() == 0 else lambda *_: None
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+    given = folder.read_model(config.init_from) if config.init_from else None
+    vision = given.vision if given else configuration.make_vision(config)
+    streams = open_streams(config.data, "train", vision.image_size if vision else 0)
+    tokenizer = (
+        config.data.tokenizer or (config.init_from and folder.tokenizer_folder(config.init_from)) or streams.tokenizer
+    )
+    if tokenizer is None:
+        raise UserError(f"data.name='{config.data.name}' brings no tokenizer: name its folder in data.tokenizer")
+    grid = (given.cls, given.grid) if given else (config.model.cls, config.model.grid)
+    fmt = stream_format(tokenizer, int(grid[0]) + grid[1][0] * grid[1][1], config.data.interval)
+
+    # --- model --------------------------------------------------------------------------------------------------------
+    sample = streams.samples[0]
+    frame = streams.frames(sample._replace(stop=sample.start + 1))[0]
+    features = frame.dtype != "uint8"
+    if features and frame.shape[0] != fmt.tokens_per_frame:
+        raise UserError(
+            f"the data's frames have {frame.shape[0]} tokens, model.cls and model.grid say {fmt.tokens_per_frame}"
+        )
+    if given:
+        model_config = dataclasses.replace(given, **configuration.method(config, given.llama.num_hidden_layers))
+        if given.frame_token_id != fmt.frame_token_id:
+            raise UserError(
+                f"the tokenizer's {fmt.frame_token} is {fmt.frame_token_id}, init_from's is {given.frame_token_id}"
+            )
+    else:
+        tower = None if features else vision
+        width = frame.shape[-1] if tower is None else tower.hidden_size
+        model_config = configuration.make_model(config, fmt.frame_token_id, tower, width)
+    model = VideoLM(model_config)
+    if (workdir / "model.json").exists():
+        folder.check_same_model(workdir, model_config)
+    elif workdir.is_dir() and (workdir / "checkpoints").exists():
+        raise UserError(f"{workdir} has checkpoints but no model.json: use another --workdir")
+
+    # --- mesh ---------------------------------------------------------------------------------------------------------
+    llama = model_config.llama
+    mesh = make_mesh(config.mesh, config.batch_size, llama.num_attention_heads, llama.num_key_value_heads)
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+    buckets = make_buckets(config.data.buckets, streams, fmt, config.data.max_frames)
+    for bucket in buckets:
+        if (tokens := bucket.tokens(fmt.tokens_per_frame)) > llama.max_position_embeddings:
+            raise UserError(
+                f"rows of {tokens} tokens are longer than the model's {llama.max_position_embeddings} positions: "
+                "lower data.max_frames, or give smaller data.buckets"
+            )
+    rows = local_rows(mesh, config.batch_size)
+    iterator = batches(
+        streams, fmt, buckets, config.batch_size,
+        seed=config.seed, rows=rows, stream_weight=config.data.stream_weight, prefetch=config.data.prefetch,
+    )  # fmt: skip
+
+    # --- state, new or restored ---------------------------------------------------------------------------------------
+    groups = trained_groups(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    start = checkpoints.latest() or 0
+    if start:
+        params, state = abstract_state(model_config, groups, optimizer, mesh)
+        params, saved, position = checkpoints.restore(start, merge(state.trained, params), _stored(state))
+        trained, frozen = split(params, groups)
+        state = State(trained, saved["optimizer"], saved["rng"])
+        iterator.set_state(position)
+        say(f"going on from step {start} of {config.steps} in {workdir}")
+    else:
+        state, frozen = new_state(config, model_config, groups, optimizer, mesh)
+        if jax.process_index() == 0:
+            folder.write(workdir, model_config, fmt.tokenizer, config.to_dict())
+    sizes = num_params(state.trained), num_params(frozen)
+    say(f"{config.policy}, {llama.num_hidden_layers} layers: {sizes[0]:,} parameters trained, {sizes[1]:,} frozen")
+    say(f"{len(streams.samples)} streams, buckets {[tuple(b) for b in buckets]} of (frames, text tokens, labels)")
+
+    # --- loop ---------------------------------------------------------------------------------------------------------
+    step_function = make_step(model, optimizer, state, mesh)
+    compiled: dict[tuple, Any] = {}  # one a bucket
+    step, values, compile_seconds, pace = start, {}, 0.0, []
+    began = last = time.perf_counter()
+    tokens = flops = 0.0
+    with checkpoints, MetricsLog(workdir, start, config.steps) as log, _interruptions() as interrupted:
+        while step < min(config.steps, stop_at or config.steps):
+            local = next(iterator)
+            batch = put_batch(local, mesh, config.batch_size)
+            shapes = tuple(x.shape for x in local.values())
+            if shapes not in compiled:
+                paused = time.perf_counter()
+                compiled[shapes] = step_function.lower(state, frozen, batch, step).compile()
+                compile_seconds += time.perf_counter() - paused
+                last += time.perf_counter() - paused
+            state, parts = compiled[shapes](state, frozen, batch, step)
+            step += 1
+            tokens += float(local["length"].sum()) * config.batch_size / len(local["length"])
+            flops += batch_flops(batch, model_config, "base" in groups)
+            log.advance()
+
+            if step % config.log_every == 0 or step == config.steps:
+                values = {name: float(value) for name, value in parts.items()}
+                now = time.perf_counter()
+                done = config.log_every if step % config.log_every == 0 else step % config.log_every
+                pace.append(seconds := (now - last) / min(done, step - start))
+                speed = {"step_seconds": seconds, "tokens_per_second": tokens / (now - last)}
+                used = mfu(flops, now - last)
+                log.write(step, values | speed | ({} if used is None else {"mfu": used}))
+                last, tokens, flops = now, 0.0, 0.0
+
+            # Metrics are on disk before the checkpoint that follows from them; the iterator is at the batch that comes
+            # next. A run that is killed here or anywhere goes on from the last whole checkpoint.
+            stopping = interrupted() or step == min(config.steps, stop_at or config.steps)
+            if step % config.checkpoint_every == 0 or stopping:
+                log.flush()
+                position = iterator.get_state()
+                checkpoints.save(step, merge(state.trained, frozen), _stored(state), position)
+            if stopping:
+                break
+        checkpoints.wait()
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+    seconds = time.perf_counter() - began
+    say(f"step {step} of {config.steps} after {seconds:.1f} s ({compile_seconds:.1f} s of them compiling)")
+    say(f"wrote {workdir}/checkpoints/{step}, {workdir}/metrics.jsonl and {workdir}/tensorboard")
+    if step < config.steps:
+        say("next: the same command goes on from here")
+    else:
+        say(f"next: vmod evaluate --workdir {workdir}, or vmod stream VIDEO --workdir {workdir}")
+    median = sorted(pace)[len(pace) // 2] if pace else None
+    return Summary(step, values.get("loss"), seconds, median, compile_seconds, *sizes)
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+def make_step(model: VideoLM, optimizer: optax.GradientTransformation, state: State, mesh: Mesh) -> Any:
+    """(state, frozen, batch, step) -> (state, {loss, lm_loss, stream_loss, grad_norm: f32[]}); donates the state."""
+    dropout = model.config.lora.rank and model.config.lora.dropout
+
+    def step_function(state: State, frozen: Tree, batch: dict[str, jax.Array], step: jax.Array) -> tuple[State, dict]:
+        rngs = {"dropout": jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)} if dropout else {}
+
+        def loss(trained: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
+            variables = {"params": merge(trained, frozen)}
+            hidden, _ = model.apply(
+                variables, batch["input_ids"], batch["frames"], length=batch["length"], rngs=rngs, method="hidden"
+            )
+            labelled = objective.gather_labelled(hidden, batch["label_pos"])
+            logits: Any = model.apply(variables, labelled, method="logits")
+            return objective.loss(logits, batch["label"], batch["label_weight"], batch["label_is_stream"])
+
+        (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.trained)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
+        new = State(optax.apply_updates(state.trained, updates), optimizer_state, state.rng)
+        names = ("lm_loss", "stream_loss")
+        return new, {"loss": value, **{name: parts[name] for name in names}, "grad_norm": optax.tree.norm(gradient)}
+
+    where = placements(state, mesh)
+    return jax.jit(step_function, donate_argnums=0, out_shardings=(where, None))
+
+
+def batch_flops(batch: dict[str, jax.Array], config: VideoLMConfig, train_base: bool) -> float:
+    """What a step on this batch needs, recomputation, connector and vision tower not counted."""
+    (rows, size), frames, n = batch["input_ids"].shape, batch["frames"].shape[1], config.tokens_per_frame
+    kept, labels = kept_counts(config.policy, n), batch["label"].shape[1]
+    text = size - n * frames
+    return rows * step_flops(config.llama, kept, frames, text, config.lora.rank, "none", train_base, labels)
+
+
+# --- the state --------------------------------------------------------------------------------------------------------
+
+
+def _init(model_config: VideoLMConfig, groups: set[str], key: jax.Array) -> tuple[Tree, Tree]:
+    trained, frozen = split(init_params(model_config, key), groups)
+    return to_f32(trained), frozen
+
+
+def _stored(state: State) -> dict[str, Tree]:
+    return {"optimizer": state.optimizer, "rng": state.rng}
+
+
+def abstract_state(
+    model_config: VideoLMConfig, groups: set[str], optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[Tree, State]:
+    """(frozen, state) of ShapeDtypeStructs with their placements: nothing is computed."""
+    trained, frozen = jax.eval_shape(lambda key: _init(model_config, groups, key), jax.random.key(0))
+    rng = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    tree = (frozen, State(trained, jax.eval_shape(optimizer.init, trained), rng))
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(place, tree, placements(tree, mesh))
+
+
+def new_state(
+    config: Config,
+    model_config: VideoLMConfig,
+    groups: set[str],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[State, Tree]:
+    """(state, frozen) at step 0: parameters of init_from, those that it does not have initialised from config.seed.
+
+    Raises UserError when init_from has other shapes, or lacks weights that are not trained.
+    """
+    init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    frozen_shapes, shapes = abstract_state(model_config, groups, optimizer, mesh)
+    wanted = flatten(merge(shapes.trained, frozen_shapes))
+    stored = flatten(load_params(config.init_from, mesh)) if config.init_from else {}
+    for path, x in stored.items():
+        if path not in wanted or x.shape != wanted[path].shape:
+            need = wanted[path].shape if path in wanted else "absent"
+            raise UserError(f"init_from={config.init_from}: {path} is {x.shape} there and {need} in this run's model")
+    missing = {path: x for path, x in wanted.items() if path not in stored}
+    untrained = [path for path in missing if path in flatten(frozen_shapes)]
+    if stored and untrained:
+        raise UserError(f"init_from={config.init_from} lacks {untrained[0]}, which this run would leave untrained")
+
+    def init_missing(key: jax.Array) -> dict[str, jax.Array]:
+        everything = flatten(merge(*_init(model_config, groups, key)))
+        return {path: everything[path] for path in missing}
+
+    new = jax.jit(init_missing, out_shardings={path: x.sharding for path, x in missing.items()})(init_key)
+    params = {path: new[path] if path in new else stored[path].astype(x.dtype) for path, x in wanted.items()}
+    trained, frozen = split(unflatten(params), groups)
+    where = jax.tree.map(lambda x: x.sharding, shapes.optimizer)
+    optimizer_state = jax.jit(optimizer.init, out_shardings=where)(trained)
+    rng = jax.device_put(jax.random.key_data(dropout_key), shapes.rng.sharding)
+    return State(trained, optimizer_state, rng), frozen
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[Any]:
+    """Within it SIGINT and SIGTERM only set what the yielded function returns; a second signal acts as usual."""
+    caught: list[int] = []
+    usual: dict[int, Any] = {}
+
+    def note(number: int, _: Any) -> None:
+        caught.append(number)
+        signal.signal(number, usual[number])
+
+    with contextlib.suppress(ValueError):  # not the main thread: nothing to catch
+        for number in (signal.SIGINT, signal.SIGTERM):
+            usual[number] = signal.getsignal(number)
+            signal.signal(number, note)
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, Path]:
+    """`--config FILE [--config.key=value ...] --workdir DIR` -> (configuration, workdir); UserError for a mistake."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "a file of configs/", flag_values=values)
+    flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
+    try:
+        with warnings.catch_warnings():  # ml_collections 1.1 still loads files by a deprecated method of importlib
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
+            rest = values(["vmod train", *argv])[1:]
+        config = values["config"].value
+    except flags.Error as error:
+        raise UserError(f"vmod train: {_first_line(error)}") from error
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+        raise _config_error(argv, error) from error
+    if rest:
+        raise UserError(f"vmod train: unexpected {' '.join(rest)}; values are given as --config.key=value")
+    if config is None or values["workdir"].value is None:
+        raise UserError("vmod train needs --config FILE (one of configs/) and --workdir DIR")
+    return config, Path(values["workdir"].value)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _config_error(argv: Sequence[str], error: Exception) -> UserError:
+    known = json.loads(configuration.defaults().to_json())
+    for argument in argv:
+        name = argument.lstrip("-").split("=")[0]
+        if name.startswith("config."):
+            node: Any = known
+            for part in name.split(".")[1:]:
+                node = node.get(part, ...) if isinstance(node, dict) else ...
+            if node is ...:
+                return configuration.unknown_key(name.removeprefix("config."))
+    return UserError(f"vmod train: the configuration cannot be read: {_first_line(error)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code. UserErrors are the caller's to print."""
+    config, workdir = parse(sys.argv[1:] if argv is None else argv)
+    train(config, workdir)
+    return 0
