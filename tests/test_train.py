@@ -1,14 +1,15 @@
 """Training as a user runs it: stop and resume, starting from another model, mistakes."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from configs import tiny
 from vmod_jax import workdir
 from vmod_jax.errors import UserError
 from vmod_jax.train import main, parse, train
@@ -16,11 +17,13 @@ from vmod_jax.training.checkpoint import load_params
 from vmod_jax.training.metrics import read_metrics
 from vmod_jax.training.optimizer import flatten
 
+TINY = f"--config={Path(__file__).resolve().parents[1] / 'configs' / 'tiny.py'}"
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """8 steps over 9 generated streams."""
-    config = tiny.get_config()
+    config, _ = parse([TINY, "--workdir=x"])
     config.steps, config.checkpoint_every = 8, 3
     config.data.root = str(tmp_path_factory.mktemp("data") / "shapes")
     config.data.train_videos, config.data.val_videos, config.data.test_videos = 9, 1, 1
@@ -112,15 +115,13 @@ def test_lora_from_a_trained_model(whole, config, tmp_path):
 )
 def test_mistakes_on_the_command_line(arguments, message):
     with pytest.raises(UserError) as error:
-        parse(["--config", "configs/tiny.py", "--workdir", "x", *arguments])
+        parse([TINY, "--workdir", "x", *arguments])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_configuration_files(tmp_path):
-    config, folder = parse(
-        ["--config=configs/tiny.py", "--workdir=runs/x", "--config.mesh.data=1", "--config.keep=0.5"]
-    )
+    config, folder = parse([TINY, "--workdir=runs/x", "--config.mesh.data=1", "--config.keep=0.5"])
     assert (config.mesh.data, config.keep, folder.name) == (1, 0.5, "x")
     with pytest.raises(UserError, match="needs --config FILE"):
         parse(["--workdir", "x"])
@@ -128,7 +129,7 @@ def test_configuration_files(tmp_path):
         parse(["--config", "nothing.py", "--workdir", "x"])
     wrong = tmp_path / "wrong.py"
     wrong.write_text(
-        "from configs import tiny\ndef get_config():\n    c = tiny.get_config()\n    c.stepz = 3\n    return c\n"
+        "from vmod_jax.training.config import defaults\ndef get_config():\n    c = defaults()\n    c.stepz = 3\n    return c\n"
     )
     with pytest.raises(UserError, match="stepz"):
         parse(["--config", str(wrong), "--workdir", "x"])
@@ -165,8 +166,6 @@ def test_eight_devices_train_as_one(whole, config, tmp_path):
         "config.mesh = dict(data=2, fsdp=2, context=1, tensor=2)\n"
         "train(config, sys.argv[2])\n"
     )
-    import os
-
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     arguments = [sys.executable, "-c", script, str(tmp_path / "config.json"), str(tmp_path / "run")]
     subprocess.run(arguments, check=True, env=environment)
@@ -182,5 +181,5 @@ def test_main_takes_its_arguments(whole, config, tmp_path, capsys):
     changes = [f"--config.{name}={value}" for name, value in (("steps", 8), ("checkpoint_every", 3))]
     changes += [f"--config.data.{name}={config.data[name]}" for name in ("root", "train_videos", "val_videos")]
     changes += [f"--config.data.{name}={config.data[name]}" for name in ("test_videos", "max_frames")]
-    assert main(["--config=configs/tiny.py", f"--workdir={whole[0]}", *changes]) == 0
+    assert main([TINY, f"--workdir={whole[0]}", *changes]) == 0
     assert "going on from step 8 of 8" in capsys.readouterr().out

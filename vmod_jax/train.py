@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import signal
 import sys
 import time
@@ -316,15 +317,21 @@ def _interruptions() -> Iterator[Any]:
 def parse(argv: Sequence[str]) -> tuple[Config, Path]:
     """`--config FILE [--config.key=value ...] --workdir DIR` -> (configuration, workdir); UserError for a mistake."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "a file of configs/", flag_values=values)
+    arguments = ["vmod train", *argv]
+    config_flags.DEFINE_config_file("config", None, "a file of configs/", flag_values=values, sys_argv=arguments)
     flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
     try:
         with warnings.catch_warnings():  # ml_collections 1.1 still loads files by a deprecated method of importlib
             warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
-            rest = values(["vmod train", *argv])[1:]
+            rest = values(arguments)[1:]
         config = values["config"].value
+        if config is not None:
+            file = config_flags.get_config_filename(values["config"])
+            if not Path(file).is_file():
+                raise UserError(f"--config {file}: no such file")
+            config.to_dict()  # a file that could not be read says so when its values are asked for
     except flags.Error as error:
-        raise UserError(f"vmod train: {_first_line(error)}") from error
+        raise UserError(f"vmod train: {_reason(error)}") from error
     except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
         raise _config_error(argv, error) from error
     if rest:
@@ -334,8 +341,11 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path]:
     return config, Path(values["workdir"].value)
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _reason(error: Exception) -> str:
+    """One line of an error that may hold a traceback: the line that names the exception, else the first."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (named[-1] if named else lines[0]).split(" Other fields present")[0]
 
 
 def _config_error(argv: Sequence[str], error: Exception) -> UserError:
@@ -348,7 +358,7 @@ def _config_error(argv: Sequence[str], error: Exception) -> UserError:
                 node = node.get(part, ...) if isinstance(node, dict) else ...
             if node is ...:
                 return configuration.unknown_key(name.removeprefix("config."))
-    return UserError(f"vmod train: the configuration cannot be read: {_first_line(error)}")
+    return UserError(f"vmod train: the configuration cannot be read: {_reason(error)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import pytest
 from vmod_jax.data.batch import Bucket
 from vmod_jax.data.conversation import Sample, stream_format
 from vmod_jax.data.pipeline import Streams, batches, decoded, make_buckets, open_streams
+from vmod_jax.data.storage import prepare
 from vmod_jax.data.tokenizer import train_tokenizer
 from vmod_jax.errors import UserError
 
@@ -140,6 +141,29 @@ def test_a_folder_of_real_videos(clips, tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         streams.frames(sample), decoded(root / "bottle-detection.mp4", 2.0, 32)[sample.start : sample.stop]
     )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16])
+def test_prepared_streams(streams, tmp_path, monkeypatch, dtype):
+    monkeypatch.setenv("VMOD_CACHE", str(tmp_path / "cache"))
+    shape = (12, 8, 8, 3) if dtype == np.uint8 else (12, N, 4)
+    frames = {str(i): np.arange(np.prod(shape)).reshape(shape).astype(dtype) + i for i in range(SAMPLES)}
+    splits = {"train": streams.samples[:7], "val": streams.samples[7:]}
+    prepare(splits, frames.__getitem__, 2.0, tmp_path / "set")
+    data = _data(name="prepared", path=str(tmp_path / "set"))
+    for split, samples in splits.items():
+        got = open_streams(data, split, 8)
+        assert got.samples == samples
+        for sample in samples:
+            expected = frames[sample.video][sample.start : sample.stop]
+            array = got.frames(sample)
+            np.testing.assert_array_equal(array, expected)
+            assert array.dtype == (np.uint8 if dtype == np.uint8 else np.float32)
+    with pytest.raises(UserError, match="fps"):
+        open_streams(_data(name="prepared", path=str(tmp_path / "set"), fps=4.0), "train", 8)
+    if dtype == np.uint8:
+        with pytest.raises(UserError, match="size"):
+            open_streams(data, "train", 9)
 
 
 def test_what_a_user_may_get_wrong(tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 
 from vmod_jax.data.batch import Bucket, collate, fit, make_row, pick, size
 from vmod_jax.data.conversation import Encoded, Sample, StreamFormat
-from vmod_jax.data.storage import replacing
+from vmod_jax.data.storage import open_source, read_meta, replacing
 from vmod_jax.data.tokenizer import train_tokenizer
 from vmod_jax.errors import UserError
 
@@ -138,8 +138,24 @@ def narration(data: Any, split: str, image_size: int) -> Streams:
     return _narrated(Path(data.root).expanduser(), data.fps, split, image_size)
 
 
+def prepared(data: Any, split: str, image_size: int) -> Streams:
+    """A folder that `vmod data` wrote: pixels, or features (then image_size does not matter)."""
+    path = Path(data.path).expanduser()
+    meta = read_meta(path)
+    same = {"fps": float(data.fps)} | ({"size": image_size} if meta["kind"] == "pixels" else {})
+    source = open_source(path, split, same)
+    frames = source.frames if meta["kind"] == "pixels" else lambda sample: source.frames(sample).astype(np.float32)
+    if (path / "tokenizer").is_dir():
+        return Streams(source.samples, frames, path / "tokenizer")
+    return Streams(source.samples, frames, spot_tokenizer(_replies(open_source(path, "train").samples)))
+
+
 # name -> (config.data, split, image_size) -> Streams
-SOURCES: dict[str, Callable[[Any, str, int], Streams]] = {"shapes": shapes, "narration": narration}
+SOURCES: dict[str, Callable[[Any, str, int], Streams]] = {
+    "shapes": shapes,
+    "narration": narration,
+    "prepared": prepared,
+}
 
 
 class Videos(Mapping[str, float]):
@@ -177,9 +193,12 @@ def _narrated(root: Path, fps: float, split: str, image_size: int, texts: Sequen
     read = functools.partial(narration_samples, root / "narrations.json", videos, fps)
     samples = read(split)
     if texts is None:
-        train = samples if split == "train" else read("train")
-        texts = sorted({m["content"] for sample in train for m in sample.conversation if m["role"] == "assistant"})
+        texts = _replies(samples if split == "train" else read("train"))
     return Streams(samples, lambda s: videos.frames(s.video)[s.start : s.stop], spot_tokenizer(texts))
+
+
+def _replies(samples: Sequence[Sample]) -> list[str]:
+    return sorted({m["content"] for sample in samples for m in sample.conversation if m["role"] == "assistant"})
 
 
 def spot_tokenizer(texts: Sequence[str]) -> Path:
