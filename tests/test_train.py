@@ -13,7 +13,7 @@ import pytest
 from vmod_jax import workdir
 from vmod_jax.errors import UserError
 from vmod_jax.train import main, parse, train
-from vmod_jax.training.checkpoint import load_params
+from vmod_jax.training.checkpoint import load_params, save_params
 from vmod_jax.training.metrics import read_metrics
 from vmod_jax.training.optimizer import flatten
 
@@ -129,7 +129,7 @@ def test_configuration_files(tmp_path):
         parse(["--config", "nothing.py", "--workdir", "x"])
     wrong = tmp_path / "wrong.py"
     wrong.write_text(
-        "from vmod_jax.training.config import defaults\ndef get_config():\n    c = defaults()\n    c.stepz = 3\n    return c\n"
+        "from vmod_jax.training.config import defaults\ndef get_config():\n    c = defaults()\n    c.stepz = 3\n"
     )
     with pytest.raises(UserError, match="stepz"):
         parse(["--config", str(wrong), "--workdir", "x"])
@@ -153,6 +153,13 @@ def test_mistakes_in_a_configuration(config, tmp_path):
     with pytest.raises(UserError, match=r"did you mean config\.seed"):
         train(unknown, tmp_path / "x")
     assert not (tmp_path / "x" / "model.json").exists()
+
+
+def test_an_imported_folder_is_no_place_to_train(whole, config, tmp_path):
+    workdir.write(tmp_path, workdir.read_model(whole[0]), None)
+    save_params(tmp_path, load_params(whole[0]))
+    with pytest.raises(UserError, match="start a new run from it with init_from"):
+        train(config, tmp_path)
 
 
 @pytest.mark.slow

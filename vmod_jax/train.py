@@ -97,7 +97,7 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
     model = VideoLM(model_config)
     if (workdir / "model.json").exists():
         folder.check_same_model(workdir, model_config)
-    elif workdir.is_dir() and (workdir / "checkpoints").exists():
+    elif any((workdir / "checkpoints").glob("[0-9]*")):
         raise UserError(f"{workdir} has checkpoints but no model.json: use another --workdir")
 
     # --- mesh ---------------------------------------------------------------------------------------------------------
@@ -122,8 +122,9 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
     groups = trained_groups(config.optimizer)
     optimizer = make_optimizer(config.optimizer, config.steps)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    start = checkpoints.latest() or 0
-    if start:
+    latest = checkpoints.latest()
+    start = latest or 0
+    if latest is not None:
         params, state = abstract_state(model_config, groups, optimizer, mesh)
         params, saved, position = checkpoints.restore(start, merge(state.trained, params), _stored(state))
         trained, frozen = split(params, groups)

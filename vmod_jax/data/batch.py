@@ -9,6 +9,7 @@ all of its rows, so that a run compiles once a bucket and never again.
 Labels are listed (position, target, weight), not spread over T: the head computes logits at these positions only.
 """
 
+import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -116,15 +117,19 @@ def fit(conversation: list[dict], fmt: StreamFormat, buckets: Sequence[Bucket]) 
     number of messages left out (0: nothing), so that it can say so. Raises UserError when not even the first assistant
     turn fits.
     """
-    encoded = encode(conversation, fmt)
-    if any(bucket.holds(size(encoded, fmt)) for bucket in buckets):
+
+    def fits(encoded: Encoded) -> bool:
+        need = size(encoded, fmt)
+        return any(bucket.holds(need) for bucket in buckets)
+
+    if fits(encoded := encode(conversation, fmt)):
         return encoded, 0
-    ends = [i + 1 for i, message in enumerate(conversation[:-1]) if message["role"] == "assistant"]
-    for end in reversed(ends):
-        encoded = encode(conversation[:end], fmt)
-        if any(bucket.holds(size(encoded, fmt)) for bucket in buckets):
-            return encoded, len(conversation) - end
-    need = size(encoded, fmt)
+    ends = [i + 1 for i, message in enumerate(conversation) if message["role"] == "assistant"]
+    # A longer beginning never needs less: bisection finds how many of them fit.
+    count = bisect.bisect_left(ends, True, key=lambda end: not fits(encode(conversation[:end], fmt)))
+    if count:
+        return encode(conversation[: ends[count - 1]], fmt), len(conversation) - ends[count - 1]
+    need = size(encode(conversation[: ends[0] if ends else None], fmt), fmt)
     raise UserError(
         f"a stream needs {need.frames} frames, {need.text} text tokens and {need.labels} labels up to its first reply, "
         f"more than any of data.buckets ({[tuple(b) for b in buckets]}): add a larger one"

@@ -27,10 +27,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int | None = None):
-        folder = Path(workdir).absolute() / "checkpoints"
-        self.manager = ocp.CheckpointManager(
-            folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self.manager = ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
 
     def latest(self) -> int | None:
         """The step of the last whole checkpoint."""
@@ -67,21 +65,19 @@ def load_params(workdir: str | Path, mesh: Mesh | None = None, step: int | None 
 
     Raises UserError when there is none.
     """
-    folder = Path(workdir).absolute() / "checkpoints"
-    if not folder.is_dir():
+    if not (Path(workdir) / "checkpoints").is_dir():
         _no_checkpoint(workdir)
     with Checkpoints(Path(workdir)) as checkpoints:
         step = checkpoints.latest() if step is None else step
         if step is None or step not in checkpoints.manager.all_steps():
             _no_checkpoint(workdir)
-        stored = folder / str(step) / "params"
-        with ocp.StandardCheckpointer() as reader:
-            tree = reader.metadata(stored).item_metadata.tree
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-            one = SingleDeviceSharding(jax.devices()[0])
-            where = placements(shapes, mesh) if mesh else jax.tree.map(lambda _: one, shapes)
-            target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
-            return reader.restore(stored, target)
+        tree = _stored_arrays(checkpoints.manager.directory / str(step) / "params")
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        one = SingleDeviceSharding(jax.devices()[0])
+        where = placements(shapes, mesh) if mesh else jax.tree.map(lambda _: one, shapes)
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
+        return checkpoints.manager.restore(step, args=args)["params"]
 
 
 def save_params(workdir: str | Path, params: Tree, step: int = 0) -> None:
@@ -100,8 +96,7 @@ def _check_fits(stored: Any, tree: Tree) -> None:
         raise UserError(
             f"{stored.parent} has no {stored.name}: start a new run from it with init_from, in another --workdir"
         )
-    with ocp.StandardCheckpointer() as reader:
-        there, here = _shapes(reader.metadata(stored).item_metadata.tree), _shapes(tree)
+    there, here = _shapes(_stored_arrays(stored)), _shapes(tree)
     if different := sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path)):
         path = different[0]
         shapes = there.get(path, "absent"), here.get(path, "absent")
@@ -109,6 +104,11 @@ def _check_fits(stored: Any, tree: Tree) -> None:
             f"{stored} does not fit this run: {len(different)} array(s) differ, {path} is {shapes[0]} "
             f"there and {shapes[1]} here; use another --workdir, or init_from to start from its parameters"
         )
+
+
+def _stored_arrays(stored: Any) -> Tree:
+    """The tree that lies in a folder: shapes and dtypes, no values."""
+    return ocp.StandardCheckpointHandler().metadata(stored).tree
 
 
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
