@@ -35,6 +35,12 @@ from vmod_jax.training.sharding import local_rows, make_mesh, placements, put_ba
 Tree = Any
 
 
+USAGE = """usage: vmod train --config FILE --workdir DIR [--config.KEY=VALUE ...]
+
+Trains into DIR, or goes on from its last checkpoint. FILE is one of configs/; the keys are explained in
+vmod_jax/training/config.py, for instance --config.policy=full --config.optimizer.learning_rate=1e-3"""
+
+
 class State(NamedTuple):
     """What a step takes and gives back. The trained parameters are float32; the frozen ones never change."""
 
@@ -318,7 +324,7 @@ def _interruptions() -> Iterator[Any]:
 def parse(argv: Sequence[str]) -> tuple[Config, Path]:
     """`--config FILE [--config.key=value ...] --workdir DIR` -> (configuration, workdir); UserError for a mistake."""
     values = flags.FlagValues()
-    arguments = ["vmod train", *argv]
+    arguments = ["vmod", *argv]
     config_flags.DEFINE_config_file("config", None, "a file of configs/", flag_values=values, sys_argv=arguments)
     flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
     try:
@@ -332,13 +338,13 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path]:
                 raise UserError(f"--config {file}: no such file")
             config.to_dict()  # a file that could not be read says so when its values are asked for
     except flags.Error as error:
-        raise UserError(f"vmod train: {_reason(error)}") from error
+        raise UserError(f"{_reason(error)}") from error
     except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
         raise _config_error(argv, error) from error
     if rest:
-        raise UserError(f"vmod train: unexpected {' '.join(rest)}; values are given as --config.key=value")
+        raise UserError(f"unexpected {' '.join(rest)}; values are given as --config.key=value")
     if config is None or values["workdir"].value is None:
-        raise UserError("vmod train needs --config FILE (one of configs/) and --workdir DIR")
+        raise UserError("needs --config FILE (one of configs/) and --workdir DIR")
     return config, Path(values["workdir"].value)
 
 
@@ -359,11 +365,15 @@ def _config_error(argv: Sequence[str], error: Exception) -> UserError:
                 node = node.get(part, ...) if isinstance(node, dict) else ...
             if node is ...:
                 return configuration.unknown_key(name.removeprefix("config."))
-    return UserError(f"vmod train: the configuration cannot be read: {_reason(error)}")
+    return UserError(f"the configuration cannot be read: {_reason(error)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code. UserErrors are the caller's to print."""
-    config, workdir = parse(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return 0
+    config, workdir = parse(arguments)
     train(config, workdir)
     return 0
