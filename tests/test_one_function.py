@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import reference
+
 from vmod_jax.models.depth import LayerSpec, explicit_policy, make_policy, num_kept
 from vmod_jax.models.llama import LlamaConfig, LoraConfig, RopeScaling
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params, make_cache
@@ -24,9 +24,11 @@ LAYERS, WIDTH, VOCAB, D_V, MARGIN = 4, 32, 60, 12, 1e-4
 LLAMA = LlamaConfig(VOCAB, WIDTH, 48, LAYERS, 4, 2, 8, 500000.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 64))
 POLICIES = {
     name: make_policy(name, LAYERS, keep=0.3)
-    for name in ("full", "early_exit", "layer_skip", "interleaved", "interleaved_deep", "all", "all_deep")
-    + ("random", "uniform")
+    for name in ("full", "early_exit", "layer_skip", "interleaved", "interleaved_deep", "all")
 } | {
+    "all_deep": make_policy("all_deep", LAYERS, keep=0.3),
+    "random": make_policy("random", LAYERS, keep=0.3),
+    "uniform": make_policy("uniform", LAYERS, keep=0.3),
     "explicit": explicit_policy(LAYERS, [0, 3], [0.5, 0.1]),
     "two_ratios": (LayerSpec(0.5, "learned"), LayerSpec(0.2, "learned"), LayerSpec(1.0, "learned"), LayerSpec(0.0)),
 }
@@ -152,7 +154,7 @@ def test_streaming_and_prefill_equal_the_whole_sequence(policy, gate):
     for m in (1, 3):
         stream = Stream(config, params)
         for seed in range(3):
-            ids, pieces, features, logits, _, again = draw(config, params, seed)
+            _, pieces, features, logits, _, again = draw(config, params, seed)
             thrown += again
             stream.restart()
             feed_in_groups(stream, pieces, features, m)
@@ -223,7 +225,7 @@ def test_the_future_changes_nothing(policy):
     params = make_params(config)
     rng = np.random.default_rng(3)
     n = config.tokens_per_frame
-    ids, pieces = draw_conversation(rng, n, 5)
+    ids, _ = draw_conversation(rng, n, 5)
     features = rng.normal(size=(5, n, D_V)).astype(np.float32)
     before, _ = whole(config, params, ids, features)
     changed = features.copy()
@@ -284,7 +286,7 @@ def test_rolling_back_forgets():
 
     config = make_config("two_ratios")
     params = make_params(config)
-    ids, pieces, features, logits, _, _ = draw(config, params, 6)
+    _, pieces, features, logits, _, _ = draw(config, params, 6)
     stream = Stream(config, params)
     n = stream.n
     head = pieces[0][0] + [VOCAB] * n

@@ -1,7 +1,6 @@
 """The one door for Python code: load a model, look at its logits and its routing, stream with it, save it."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from functools import cached_property, partial

@@ -61,7 +61,11 @@ def test_explicit_policy():
     assert policy == (FULL, LayerSpec(0.25, "uniform"), FULL, LayerSpec(0.5, "uniform"))
 
 
-@given(st.lists(st.sampled_from([FULL, SKIP, LayerSpec(0.2, "learned"), LayerSpec(0.5, "random")]), min_size=1, max_size=20))
+@given(
+    st.lists(
+        st.sampled_from([FULL, SKIP, LayerSpec(0.2, "learned"), LayerSpec(0.5, "random")]), min_size=1, max_size=20
+    )
+)
 def test_segments_spell_the_policy(layers):
     policy = tuple(layers)
     parts = segments(policy)

@@ -31,7 +31,7 @@ def attend(q: Array, k: Array, v: Array, q_position: Array, k_position: Array) -
     return out.reshape(batch, size, heads, width).astype(v.dtype)
 
 
-def causal_attention(q: Array, k: Array, v: Array, block: int = 512) -> Array:
+def causal_attention(q: Array, k: Array, v: Array, block: int = 128) -> Array:
     """Causal attention of a sequence to itself, in blocks of queries that read only the keys before their end.
 
     q: [B, T, H, h]; k, v: [B, T, K, h] -> [B, T, H, h]. Half the work of a masked square, and a quarter of its memory

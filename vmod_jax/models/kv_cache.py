@@ -69,8 +69,7 @@ def advance(cache: Cache, kept: tuple[int, ...], n: int, length: Array, frames: 
     kept: tokens a frame that each stack holds.
     """
     stacks = tuple(
-        stack._replace(used=stack.used + length - frames * (n - k))
-        for stack, k in zip(cache.stacks, kept, strict=True)
+        stack._replace(used=stack.used + length - frames * (n - k)) for stack, k in zip(cache.stacks, kept, strict=True)
     )
     return Cache(stacks, cache.position + length, cache.frames + frames)
 

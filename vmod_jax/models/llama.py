@@ -5,7 +5,6 @@ checkpoint does not know under which policy it will run. The layers run as one `
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -122,18 +121,21 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
+NO_LORA = LoraConfig()
+
+
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 
 class Linear(nn.Module):
     """Holds a kernel [..., in, out] and its LoRA pair [..., in, r], [..., r, out]; calling it returns them.
 
-    The base kernel is of `param_dtype`; LoRA is float32, a ~ N(0, 1/in), b = 0.
+    The base kernel is of `param_dtype`, ~ N(0, 1/in); LoRA is float32, a ~ N(0, 1/in), b = 0.
     """
 
     shape: tuple[int, int]
     layers: int | None = None
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig = NO_LORA
     param_dtype: Any = jnp.float32
     base: bool = True
 
@@ -143,7 +145,7 @@ class Linear(nn.Module):
         stack = () if self.layers is None else (self.layers,)
         params = {}
         if self.base:
-            init = nn.initializers.normal(0.02)
+            init = nn.initializers.normal(size_in**-0.5)
             params["kernel"] = self.param("kernel", init, (*stack, size_in, size_out), self.param_dtype)
         if self.lora.rank:
             init_a = nn.initializers.normal(size_in**-0.5)
@@ -206,13 +208,15 @@ class Llama(nn.Module):
     """
 
     config: LlamaConfig
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig = NO_LORA
     param_dtype: Any = jnp.float32
     expert_std: float = 0.0
 
     def setup(self):
         c, dtype = self.config, self.param_dtype
-        self.embed = Leaf("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), dtype)
+        # Tokens enter the residual stream at the scale of what the layers add; a tied head wants logits of order one.
+        embed_std = c.hidden_size**-0.5 if c.tie_word_embeddings else 1.0
+        self.embed = Leaf("embedding", nn.initializers.normal(embed_std), (c.vocab_size, c.hidden_size), dtype)
         self.layers = StackedLayers(c, self.lora, dtype, self.expert_std)
         self.norm = Leaf("scale", nn.initializers.ones, (c.hidden_size,), dtype)
         self.head = Linear((c.hidden_size, c.vocab_size), None, self.lora, dtype, base=not c.tie_word_embeddings)
@@ -336,7 +340,7 @@ def run_layers(
     policy: Policy,
     config: LlamaConfig,
     routing: Routing,
-    lora: LoraConfig = LoraConfig(),
+    lora: LoraConfig = NO_LORA,
     remat: str = "none",
     cache: Cache | None = None,
     dropout_key: Array | None = None,

@@ -22,6 +22,7 @@ from vmod_jax.models.kv_cache import Cache
 from vmod_jax.models.layer_expert import GATES, router_init_std
 from vmod_jax.models.layout import Layout, find_frames
 from vmod_jax.models.llama import (
+    NO_LORA,
     REMAT,
     Llama,
     LlamaConfig,
@@ -59,7 +60,7 @@ class VideoLMConfig:
     gate: str = "raw"
     always_keep_last: bool = False
     router_seed: int = 0
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig = NO_LORA
     remat: str = "none"
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -120,9 +121,7 @@ class VideoLM(nn.Module):
 
     def setup(self):
         c = self.config
-        self.llama = Llama(
-            c.llama, c.lora, DTYPES[c.param_dtype], router_init_std(c.gate, c.llama.hidden_size)
-        )
+        self.llama = Llama(c.llama, c.lora, DTYPES[c.param_dtype], router_init_std(c.gate, c.llama.hidden_size))
         self.connector = Connector(c.vision_hidden_size, c.llama.hidden_size, DTYPES[c.dtype])
         if c.vision is not None:
             self.vision = VisionTower(c.vision, cls=c.cls, grid=c.grid)
@@ -158,7 +157,7 @@ class VideoLM(nn.Module):
         length: Array | None = None,
         cache: Cache | None = None,
         replay: dict[int, Array] | None = None,
-    ):
+    ) -> Any:
         """The last layer's output before the final norm.
 
         input_ids: i32[B, T], of which row b uses the first length[b] (default: all); T >= n F + each row's text

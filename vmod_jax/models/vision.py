@@ -51,7 +51,7 @@ _HF_DEFAULTS_OF_BOTH = {
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """An encoder's shape. `patches` uses only the first four fields, and its hidden_size is 3 * patch_size**2."""
+    """An encoder's shape. `patches` uses only the first four fields; its hidden_size is `patches_width(patch_size)`."""
 
     kind: Literal["siglip", "clip", "patches"]
     image_size: int
@@ -71,10 +71,10 @@ class VisionConfig:
         if not 0 < self.patch_size <= self.image_size:
             raise UserError(f"vision: patch_size {self.patch_size} must lie between 1 and image_size {self.image_size}")
         if self.kind == "patches":
-            if self.hidden_size != 3 * self.patch_size**2:
+            if self.hidden_size != (width := patches_width(self.patch_size)):
                 raise UserError(
-                    f"vision: `patches` with patch_size {self.patch_size} has hidden_size {3 * self.patch_size**2} "
-                    f"(3 * patch_size**2), not {self.hidden_size}"
+                    f"vision: `patches` with patch_size {self.patch_size} has hidden_size {width} "
+                    f"(3 * patch_size**2 + 2), not {self.hidden_size}"
                 )
             return
         for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -328,13 +328,22 @@ def clip(params: Params, x: jax.Array, config: VisionConfig) -> tuple[jax.Array,
     return x[..., 0, :], x[..., 1:, :]
 
 
-def patches(x: jax.Array, config: VisionConfig, grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """Normalised pixels [..., S, S, 3] -> their mean cell [..., d], the cells [..., h*w, d], d = p * p * 3.
+def patches_width(patch_size: int) -> int:
+    """d_v of `patches`: a cell's p * p pixels of 3 channels, and its place."""
+    return 3 * patch_size**2 + 2
 
-    A cell of the h x w grid is shrunk to p x p by averaging areas; a CLS-only frame is one cell, the whole image.
+
+def patches(x: jax.Array, config: VisionConfig, grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """Normalised pixels [..., S, S, 3] -> their mean cell [..., d], the cells [..., h*w, d], d = p * p * 3 + 2.
+
+    A cell of the h x w grid is shrunk to p x p by averaging areas, and followed by a code of its row and column, since
+    other encoders' tokens know their place too. A CLS-only frame is one cell, the whole image.
     """
     h, w = grid if all(grid) else (1, 1)
-    cells = patchify(adaptive_avg_pool(x, h * config.patch_size, w * config.patch_size), config.patch_size)
+    pixels = patchify(adaptive_avg_pool(x, h * config.patch_size, w * config.patch_size), config.patch_size)
+    line = lambda count: np.linspace(-1, 1, count) if count > 1 else np.zeros(1)  # noqa: E731
+    places = np.stack(np.meshgrid(line(h), line(w), indexing="ij"), axis=-1).reshape(h * w, 2)
+    cells = jnp.concatenate([pixels, jnp.broadcast_to(places, (*pixels.shape[:-1], 2)).astype(pixels.dtype)], axis=-1)
     return cells.mean(-2), cells
 
 

@@ -45,7 +45,7 @@ class Programs:
     def _extend(self, params, cache: Cache, input_ids: Array, frames: Array | None, length: Array, read: Array):
         """Appends a chunk. input_ids: i32[1, C]; length: i32[1]; read: i32[R] -> (f32[R, V] logits there, cache)."""
         self.compiles["extend"] = self.compiles.get("extend", 0) + 1
-        apply = functools.partial(self.model.apply, {"params": params})
+        apply: Any = functools.partial(self.model.apply, {"params": params})
         hidden, _, cache = apply(input_ids, frames, length, cache, method="hidden")
         return apply(hidden[0, read], method="logits"), cache
 
@@ -55,7 +55,7 @@ class Programs:
         -> (i32[limit] tokens, their count, whether eos came, cache). The cache holds the tokens, eos not.
         """
         self.compiles["generate"] = self.compiles.get("generate", 0) + 1
-        apply = functools.partial(self.model.apply, {"params": params})
+        apply: Any = functools.partial(self.model.apply, {"params": params})
 
         def extend(cache, ids, length):
             hidden, _, cache = apply(ids, None, length, cache, method="hidden")

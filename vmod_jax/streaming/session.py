@@ -89,9 +89,7 @@ class Session:
         """
         first_turn, queue = len(self.turns), [np.asarray(frame) for frame in frames]
         while queue:
-            while self._queries and self._queries[0][0] < self.next_time:
-                time, text = self._queries.pop(0)
-                self._answer(text, time)
+            self._answer_until(self.next_time - 1e-9)
             chunk = queue[: self._frames_until_query()]
             speaks = self._show(np.stack(chunk))
             shown = len(chunk) if speaks is None else speaks + 1
@@ -101,11 +99,15 @@ class Session:
             queue = queue[shown:]
             now = (self.frames - 1) / self.fps
             if self._queries and self._queries[0][0] <= now:
-                while self._queries and self._queries[0][0] <= now:
-                    time, text = self._queries.pop(0)
-                    self._answer(text, time)
+                self._answer_until(now)
             elif speaks is not None:
                 self._reply("", now)
+        return [turn for turn in self.turns[first_turn:] if turn.role == "assistant"]
+
+    def finish(self) -> list[Turn]:
+        """Answers the questions that still wait; call it when no further frame comes."""
+        first_turn = len(self.turns)
+        self._answer_until(float("inf"))
         return [turn for turn in self.turns[first_turn:] if turn.role == "assistant"]
 
     # --- the protocol -------------------------------------------------------------------------------------------------
@@ -127,6 +129,12 @@ class Session:
         self._pending_ids, self._pending_text, self._in_stream = [], "", True
         speaks = np.flatnonzero(wants_to_speak(logits, self.fmt.interval_id, self.threshold))
         return int(speaks[0]) if len(speaks) else None
+
+    def _answer_until(self, time: float) -> None:
+        """Answers the questions of up to `time` seconds."""
+        while self._queries and self._queries[0][0] <= time:
+            asked, text = self._queries.pop(0)
+            self._answer(text, asked)
 
     def _answer(self, query: str, time: float) -> str:
         self.turns.append(Turn(time, "user", query))

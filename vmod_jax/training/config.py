@@ -15,7 +15,7 @@ from vmod_jax.errors import UserError
 from vmod_jax.models.depth import explicit_policy, make_policy
 from vmod_jax.models.llama import LlamaConfig, LoraConfig
 from vmod_jax.models.video_lm import VideoLMConfig
-from vmod_jax.models.vision import VisionConfig
+from vmod_jax.models.vision import VisionConfig, patches_width
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes a type checker cannot know
 
@@ -128,7 +128,7 @@ def make_vision(config: Config) -> VisionConfig:
     """config.model.vision -> VisionConfig; the sizes of `patches` follow from its patch_size."""
     fields = config.model.vision.to_dict()
     if fields["kind"] == "patches":
-        fields["hidden_size"] = 3 * fields["patch_size"] ** 2
+        fields["hidden_size"] = patches_width(fields["patch_size"])
     try:
         return VisionConfig(**fields)
     except TypeError as error:

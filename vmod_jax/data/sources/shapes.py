@@ -27,7 +27,7 @@ PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom lef
 class World:
     sample_fps: int = 2  # frames a second that a model sees; events fall on them
     fps: int = 8  # of the video files, a multiple of sample_fps
-    seconds: tuple[int, int] = (12, 16)  # shortest and longest video
+    seconds: tuple[int, int] = (8, 12)  # shortest and longest video
     side: int = 96  # pixels
     shapes: tuple[str, ...] = ("circle", "square", "triangle", "cross")
     colours: tuple[tuple[str, tuple[int, int, int]], ...] = (

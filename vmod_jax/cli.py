@@ -1,0 +1,74 @@
+"""`vmod <command>`: each command is the `main` of one module, imported only when it is called."""
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vmod_jax import __version__
+from vmod_jax.errors import UserError
+
+
+class Command(NamedTuple):
+    module: str
+    function: str
+    about: str
+
+
+COMMANDS = {
+    "demo": Command("demo", "main", "make videos, train the method and its baseline, evaluate, stream, report"),
+    "train": Command("train", "main", "train a model, or go on with a run"),
+    "evaluate": Command("evaluate", "main", "score a checkpoint"),
+    "stream": Command("stream", "main", "stream a video file and print what the model says"),
+    "data": Command("data.command", "main", "make or prepare a data set"),
+    "import": Command("convert", "import_main", "Hugging Face or PEFT weights -> a workdir"),
+    "export": Command("convert", "export_main", "a workdir -> Hugging Face, PEFT or PyTorch"),
+    "bench": Command("bench", "main", "a benchmark beside its peer"),
+}
+
+USAGE = "\n".join(
+    [
+        f"vmod_jax {__version__}: language models that watch a video stream and speak when there is something to say",
+        "",
+        "usage: vmod COMMAND [OPTIONS]    (vmod COMMAND --help)",
+        "",
+        *(f"  {name:<10}{command.about}" for name, command in COMMANDS.items()),
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; a user's mistake ends in one line on stderr and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name, *rest = arguments
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"unknown command '{name}': use one of {', '.join(COMMANDS)}")
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        for noisy in ("jax", "absl", "orbax", "grain", "httpx"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        command = COMMANDS[name]
+        module = importlib.import_module(f"vmod_jax.{command.module}")
+        return getattr(module, command.function)(rest) or 0
+    except UserError as error:
+        print(f"vmod {name}: {error}".replace("\n", " "), file=sys.stderr)
+        return 2
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        print(f"vmod {name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"vmod {name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141  # the reader of our output has gone
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""`vmod demo`: the main job from nothing to a streaming model, on generated videos and two CPU cores.
+
+Make videos -> train the method and the full-compute baseline for the same steps -> evaluate both on unseen videos ->
+stream an unseen video -> report.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vmod_jax.data.pipeline import make_buckets, open_streams
+from vmod_jax.evaluate import evaluate, print_scores
+from vmod_jax.lm import LanguageModel, load
+from vmod_jax.models.flops import kept_counts, linear_flops
+from vmod_jax.report import write_report
+from vmod_jax.stream import Streamed, stream_video
+from vmod_jax.streaming.session import Turn
+from vmod_jax.train import train
+from vmod_jax.training.config import defaults
+from vmod_jax.training.metrics import read_metrics
+
+POLICIES = ("interleaved", "full")
+METRICS = ("lm_ppl", "time_diff", "fluency", "fluency_strict", "lm_correctness")
+
+
+def demo(out: Path, config: Any) -> dict[str, Any]:
+    """Runs the whole job in `out`; -> what it writes to report.json."""
+    began = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    if not config.data.root:
+        config.data.root = str(out / "streams")
+
+    # --- videos -------------------------------------------------------------------------------------------------------
+    banner("videos")
+    image_size = config.model.vision.image_size
+    open_streams(config.data, "train", image_size)
+    print(f"narrated streams in {config.data.root}")
+
+    # --- train and evaluate, the method and the baseline --------------------------------------------------------------
+    policies, curves, scores = {}, {}, {}
+    for policy in POLICIES:
+        banner(f"train: {policy}")
+        config.policy = policy
+        summary = train(config, out / policy)
+        curves[policy] = read_metrics(out / policy / "metrics.jsonl")
+        banner(f"evaluate on unseen videos: {policy}")
+        scores[policy] = evaluate(out / policy, split="test")
+        print_scores(scores[policy])
+        policies[policy] = {
+            **{name: scores[policy]["metrics"][name] for name in METRICS},
+            "train_seconds": summary.seconds,
+            "step_seconds": summary.step_seconds,
+            "flops": stream_flops(load(out / policy), config),
+        }
+
+    # --- stream an unseen video, live ---------------------------------------------------------------------------------
+    banner("stream an unseen video")
+    lm = load(out / POLICIES[0])
+    streams = open_streams(config.data, "test", image_size)
+    name = streams.samples[0].video
+    video = Path(config.data.root) / f"{name}.mp4"
+    print(f"{video}\n")
+    streamed = stream_video(lm, video, say=say, keep_frames=True)
+    print()
+
+    # --- report -------------------------------------------------------------------------------------------------------
+    banner("report")
+    report = {
+        "policies": policies,
+        "baselines": scores[POLICIES[0]]["baselines"],
+        "stream": {**streamed.summary, "video": str(video), "replies": [turn._asdict() for turn in streamed.turns]},
+        "samples": scores[POLICIES[0]]["samples"],
+        "seconds": time.perf_counter() - began,
+        "machine": f"{jax.devices()[0].platform} x {jax.device_count()}",
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(
+        out,
+        report,
+        curves=curves,
+        timeline=timeline(lm, streamed, truth(Path(config.data.root), name)),
+        routing=routing(lm, streamed),
+        grid=lm.config.grid,
+        cls=lm.config.cls,
+    )
+    print(
+        f"all done in {report['seconds']:.0f} s; wrote {out}/report.json and {out}/report.html (open it in a browser)"
+    )
+    print(f"next: vmod stream {video} --workdir {out}/{POLICIES[0]} --ask '5:What do you see?'")
+    return report
+
+
+def demo_config() -> Any:
+    """4 layers, d = 96, all of it trained; 512 videos of 8 to 12 seconds."""
+    config: Any = defaults()
+    config.steps = 600
+    config.batch_size = 16
+    config.checkpoint_every = 200
+    config.keep_checkpoints = 1
+    config.log_every = 10
+    config.gate = "tanh"
+
+    config.model.hidden_size = 96
+    config.model.intermediate_size = 256
+    config.model.num_attention_heads = 2
+    config.model.num_key_value_heads = 1
+    config.model.vision.image_size = 48
+    config.model.vision.patch_size = 6
+
+    config.data.train_videos = 512
+    config.data.val_videos = 8
+    config.data.test_videos = 32
+
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.train_base = True
+    return config
+
+
+def banner(text: str) -> None:
+    print(f"\n=== {text} " + "=" * max(0, 90 - len(text)), flush=True)
+
+
+def say(turn: Turn) -> None:
+    who = "you" if turn.role == "user" else "vmod"
+    print(f"{turn.time:8.1f} s  {who:>4}: {turn.text}", flush=True)
+
+
+def stream_flops(lm: LanguageModel, config: Any) -> int:
+    """Linear FLOPs of one pass over the longest stream of the data, in the paper's convention (spec of `flops`)."""
+    c = lm.config
+    streams = open_streams(config.data, "train", config.model.vision.image_size)
+    (bucket,) = make_buckets((), streams, lm.fmt, config.data.max_frames)
+    kept, n = kept_counts(c.policy, c.tokens_per_frame), c.tokens_per_frame
+    return linear_flops(c.llama, kept, bucket.frames, n, bucket.text, c.lora.rank)
+
+
+def truth(root: Path, name: str) -> list[dict[str, Any]]:
+    """What should be said: the narrations of a video, without their tags."""
+    from vmod_jax.data.sources.ego4d import clean_text
+
+    narrations = json.loads((root / "narrations.json").read_text())["videos"][name]["narrations"]
+    return [{"time": entry["time"], "text": clean_text(entry["text"])} for entry in narrations]
+
+
+def timeline(lm: LanguageModel, streamed: Streamed, spoken: list[dict[str, Any]]) -> Any:
+    replies = [turn._asdict() for turn in streamed.turns]
+    return {"fps": lm.config.fps, "frames": streamed.frames, "replies": replies, "truth": spoken}
+
+
+def routing(lm: LanguageModel, streamed: Streamed) -> dict[int, np.ndarray]:
+    """The tokens kept of each frame by each routed layer, of the very sequence that was streamed."""
+    assert streamed.frames is not None
+    routed = lm.routing(np.array([streamed.input_ids]), streamed.frames[None])
+    return {layer: np.asarray(decided.kept[0]) for layer, decided in routed.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("vmod demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes (runs/demo)")
+    parser.add_argument("--steps", type=int, help="training steps of each policy")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    config = demo_config()
+    config.seed = args.seed
+    if args.steps:
+        config.steps = args.steps
+    demo(args.out, config)
+    return 0
