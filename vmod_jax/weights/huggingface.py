@@ -6,10 +6,11 @@ layers: kernel [L, in, out].
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes  # its import also gives numpy, and so safetensors, the name "bfloat16"
 import numpy as np
@@ -72,45 +73,57 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 class TensorReader:
     """The tensors of a folder's safetensors files, single or sharded, read one at a time.
 
-    Opening reads the files' headers only. Raises UserError when there are none, when a file is truncated or missing,
-    and for a folder of pickles, which can run any code when they are opened.
+    Opening reads the files' headers only, and no file stays open: a mapped file would count as memory as far as it has
+    been read. Raises UserError when there are none, when a file is truncated or missing, and for a folder of pickles,
+    which can run any code when they are opened.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._files: dict[str, Any] = {}  # tensor name -> the open file that has it
+        self._tensors: dict[str, _Tensor] = {}
         for path, listed in _tensor_files(self.folder).items():
-            try:
-                file: Any = safe_open(path, framework="numpy")  # Any: its stubs know no methods
-                names = set(file.keys())
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
-            absent = sorted((listed or set()) - names)
-            if absent:
+            with _open(path) as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                found = {name: _Tensor(path, tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+            if absent := sorted((listed or set()) - found.keys()):
                 raise UserError(f"{path} lacks {', '.join(absent)}, which the index promises; download it again")
-            self._files.update(dict.fromkeys(names, file))
+            self._tensors.update(found)
 
     def names(self) -> list[str]:
         """All tensors' names, sorted."""
-        return sorted(self._files)
+        return sorted(self._tensors)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """As stored; nothing is read."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
         """As stored, bfloat16 included; raises UserError for quantised weights."""
-        stored = self._files[name].get_slice(name).get_dtype()
+        stored = self._tensors[name].dtype
         if stored not in _DTYPES:
             raise UserError(f"{self.folder}: {name} is stored as {stored}; use a checkpoint in {', '.join(_DTYPES)}")
         return np.dtype(_DTYPES[stored])
 
     def get(self, name: str) -> np.ndarray:
         """The tensor, in its stored shape and dtype, as a copy of its own."""
-        return self._files[name].get_tensor(name)
+        with _open(self._tensors[name].path) as file:
+            return file.get_tensor(name)
+
+
+class _Tensor(NamedTuple):
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors writes it
+
+
+def _open(path: Path) -> Any:  # its stubs know no methods
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
 
 
 def _tensor_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -215,6 +228,7 @@ _LLAMA = {
     "norm": "model.norm",
     "head": "lm_head",
 }
+_EXPERT = "model.layers.{i}.expert.weight"  # of a `vmod` export; Hugging Face has none
 _CONNECTOR = {"in": "connector.0", "out": "connector.2"}
 _VISION = {
     "embed": "embeddings.patch_embedding",
@@ -247,18 +261,18 @@ def _leaf(modules: dict[str, str], path: str, shape: tuple[int, ...]) -> _Leaf:
     return _Leaf(names, shape, stacked)
 
 
-def _flat(tree: Params, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Params, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": leaf}} -> {"a/b": leaf}, in the tree's order."""
-    flat: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        leaves |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
 
 
-def _nested(flat: dict[str, Any]) -> Params:
-    """The inverse of `_flat`."""
+def nested(leaves: dict[str, Any]) -> Params:
+    """The inverse of `flat`."""
     tree: Params = {}
-    for path, value in flat.items():
+    for path, value in leaves.items():
         *modules, leaf = path.split("/")
         node = tree
         for module in modules:
@@ -285,30 +299,82 @@ def _check(reader: TensorReader, what: str, expected: dict[str, tuple[int, ...]]
         )
 
 
-def _load(
+@dataclass(frozen=True)
+class LazyArray:
+    """An array of our tree that is still in its file: shape and dtype are known and checked, nothing is read.
+
+    parts: read it, already in our layout: one a layer for a stacked array (its first axis), otherwise one.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: tuple[Callable[[], np.ndarray], ...]
+    stacked: bool = False
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """The array, filled part by part: a stacked 8B leaf is gigabytes, and there is never a second one."""
+        out = aligned_empty(self.shape, self.dtype)
+        for target, part in zip(out if self.stacked else (out,), self.parts, strict=True):
+            copy_into(target, part())
+        return out
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX takes over without a copy on CPU (its data begins at a multiple of 64 bytes)."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def copy_into(target: np.ndarray, source: np.ndarray) -> None:
+    """`target[...] = source`; a transposed matrix goes in narrow bands, which is five times as fast."""
+    if target.dtype == source.dtype and target.dtype.itemsize == 2:
+        target, source = target.view(np.uint16), source.view(np.uint16)  # numpy has no fast copy for bfloat16
+    if source.ndim != 2 or source.flags.c_contiguous:
+        target[...] = source
+        return
+    for start in range(0, source.shape[1], 16):
+        target[:, start : start + 16] = source[:, start : start + 16]
+
+
+def read_all(tree: Params) -> Params:
+    """The same tree with every LazyArray read."""
+    return {
+        name: read_all(leaf) if isinstance(leaf, dict) else leaf.read() if isinstance(leaf, LazyArray) else leaf
+        for name, leaf in tree.items()
+    }
+
+
+def _lazy(
     reader: TensorReader, what: str, leaves: dict[str, _Leaf], present: Iterable[str], dtype: Any = None
 ) -> Params:
     _check(reader, what, {name: leaf.shape for leaf in leaves.values() for name in leaf.names}, present)
 
-    def read(leaf: _Leaf) -> np.ndarray:
+    def lazy(leaf: _Leaf) -> LazyArray:
         wanted = np.dtype(dtype) if dtype is not None else np.result_type(*(reader.dtype(name) for name in leaf.names))
-        if not leaf.stacked:
-            return np.ascontiguousarray(leaf.convert(reader.get(leaf.names[0])), dtype=wanted)
-        # Filled in place: a stacked 8B leaf is gigabytes, and there is never a second one.
-        stack: np.ndarray | None = None
-        for i, name in enumerate(leaf.names):
-            layer = leaf.convert(reader.get(name))
-            stack = np.empty((len(leaf.names), *layer.shape), wanted) if stack is None else stack
-            stack[i] = layer
-        assert stack is not None
-        return stack
+        shape = leaf.convert(np.empty(leaf.shape, np.bool_)).shape  # the memory is never touched
+        return LazyArray(
+            (len(leaf.names), *shape) if leaf.stacked else shape,
+            wanted,
+            tuple(lambda name=name: leaf.convert(reader.get(name)) for name in leaf.names),
+            leaf.stacked,
+        )
 
-    return _nested({path: read(leaf) for path, leaf in leaves.items()})
+    return nested({path: lazy(leaf) for path, leaf in leaves.items()})
 
 
-def _tensors(modules: dict[str, str], flat: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(modules: dict[str, str], leaves: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Our leaves -> their (name, array); the conversions of these leaves (none, transpose) are their own inverses."""
-    for path, array in flat.items():
+    for path, array in leaves.items():
         leaf = _leaf(modules, path, tuple(array.shape))
         layers = array if leaf.stacked else (array,)
         for name, layer in zip(leaf.names, layers, strict=True):
@@ -339,14 +405,18 @@ def _llama_shapes(cfg: LlamaShape) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def llama_params(reader: TensorReader, cfg: LlamaShape, dtype: Any = None) -> Params:
-    """The Llama part of a checkpoint as our tree, in the stored dtype or in `dtype`.
+def llama_arrays(reader: TensorReader, cfg: LlamaShape, dtype: Any = None) -> Params:
+    """The Llama part of a checkpoint as our tree of LazyArrays, in the stored dtype or in `dtype`.
 
     {"embed": {"embedding" [V, d]}, "layers": {"q": {"kernel" [L, d, heads * head_dim]}, ...}, "norm", "head"}; `head`
-    is absent when tied. A connector and a vision tower in the same files are left alone. Raises UserError naming every
-    missing, unexpected and misshapen tensor, and when a tied head is stored with other values than the embedding's.
+    is absent when tied, and `layers` has an `expert` where the files have LayerExperts (a `vmod` export). A connector
+    and a vision tower in the same files are left alone. Raises UserError naming every missing, unexpected and misshapen
+    tensor, and when a tied head is stored with other values than the embedding's.
     """
     leaves = {path: _leaf(_LLAMA, path, shape) for path, shape in _llama_shapes(cfg).items()}
+    if _EXPERT.format(i=0) in reader:
+        names = tuple(_EXPERT.format(i=i) for i in range(cfg.num_hidden_layers))
+        leaves["layers/expert/kernel"] = _Leaf(names, (1, cfg.hidden_size), True, lambda row: row.reshape(-1))
     prefix = _vision_prefix(reader)
     others = ("connector.", prefix) if prefix else ("connector.",)
     present = [name for name in reader.names() if not name.startswith(others)]
@@ -358,39 +428,56 @@ def llama_params(reader: TensorReader, cfg: LlamaShape, dtype: Any = None) -> Pa
                 f"{reader.folder}: lm_head.weight is not {embedding} although config.json ties them; "
                 'set "tie_word_embeddings": false there'
             )
-    return _load(reader, "Llama model", leaves, present, dtype)
+    return _lazy(reader, "Llama model", leaves, present, dtype)
+
+
+def llama_params(reader: TensorReader, cfg: LlamaShape, dtype: Any = None) -> Params:
+    """`llama_arrays`, read into memory."""
+    return read_all(llama_arrays(reader, cfg, dtype))
 
 
 def llama_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """The inverse of `llama_params`, bit for bit: (HF name, array), one tensor in memory at a time.
 
-    LayerExperts have no HF name and are left out. Raises ValueError while LoRA is not merged: Llama's own names have no
-    place for it.
+    LayerExperts have no HF name and are left out (`expert_tensors` has ours). Raises ValueError while LoRA is not
+    merged: Llama's own names have no place for it.
     """
-    flat = {path: array for path, array in _flat(params).items() if path != "layers/expert/kernel"}
-    if any("lora_" in path for path in flat):
+    leaves = {path: array for path, array in flat(params).items() if path != "layers/expert/kernel"}
+    if any("lora_" in path for path in leaves):
         raise ValueError("merge LoRA into the kernels first")
-    return _tensors(_LLAMA, flat)
+    return _tensors(_LLAMA, leaves)
+
+
+def expert_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """The LayerExperts of a Llama tree, one row [1, d] a layer: (name in a `vmod` export, array)."""
+    for i, row in enumerate(np.asarray(params["layers"]["expert"]["kernel"])):
+        yield _EXPERT.format(i=i), row[None]
 
 
 # ---------------------------------------------------------------------------------------------------- connector
 
 
-def connector_params(reader: TensorReader, dtype: Any = None) -> Params:
+def connector_arrays(reader: TensorReader, dtype: Any = None) -> Params:
     """{"in": {"kernel" [d_v, d], "bias" [d]}, "out": {"kernel" [d, d], "bias" [d]}} of `connector.{0,2}.{weight,bias}`.
 
-    The widths are those of the first weight; raises UserError naming what is missing, unexpected or does not fit them.
+    LazyArrays. The widths are those of the first weight; raises UserError naming what is missing, unexpected or does
+    not fit them.
     """
     first = "connector.0.weight"
     d, d_v = shape if first in reader and len(shape := reader.shape(first)) == 2 else (0, 0)
     shapes = {"in/kernel": (d_v, d), "in/bias": (d,), "out/kernel": (d, d), "out/bias": (d,)}
     leaves = {path: _leaf(_CONNECTOR, path, shape) for path, shape in shapes.items()}
-    return _load(reader, "connector", leaves, [n for n in reader.names() if n.startswith("connector.")], dtype)
+    return _lazy(reader, "connector", leaves, [n for n in reader.names() if n.startswith("connector.")], dtype)
+
+
+def connector_params(reader: TensorReader, dtype: Any = None) -> Params:
+    """`connector_arrays`, read into memory."""
+    return read_all(connector_arrays(reader, dtype))
 
 
 def connector_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """The inverse of `connector_params`, bit for bit."""
-    return _tensors(_CONNECTOR, _flat(params))
+    return _tensors(_CONNECTOR, flat(params))
 
 
 # ------------------------------------------------------------------------------------------------------- vision
@@ -405,10 +492,10 @@ def _vision_prefix(reader: TensorReader) -> str | None:
     return prefixes[0] if prefixes else None
 
 
-def vision_params(reader: TensorReader, config: VisionConfig, dtype: Any = None) -> Params:
+def vision_arrays(reader: TensorReader, config: VisionConfig, dtype: Any = None) -> Params:
     """A SigLIP or CLIP vision tower, alone or inside a larger checkpoint, as `models.vision.parameter_shapes` has it.
 
-    In the stored dtype or in `dtype`. Raises UserError naming every missing, unexpected and misshapen tensor.
+    LazyArrays in the stored dtype or in `dtype`. Raises UserError naming every missing, unexpected and misshapen tensor.
     """
     d, p = config.hidden_size, config.patch_size
     prefix = _vision_prefix(reader)
@@ -434,7 +521,29 @@ def vision_params(reader: TensorReader, config: VisionConfig, dtype: Any = None)
         unusual[f"head/{name}/kernel"] = one("head.attention.in_proj_weight", 3 * d, d, convert=third(i))
         unusual[f"head/{name}/bias"] = one("head.attention.in_proj_bias", 3 * d, convert=third(i))
 
-    shapes = _flat(parameter_shapes(config))
+    shapes = flat(parameter_shapes(config))
     leaves = {path: unusual.get(path) or _leaf(modules, path, shape) for path, shape in shapes.items()}
     present = [name for name in reader.names() if name.startswith(prefix)]
-    return _load(reader, f"{config.kind} vision tower", leaves, present, dtype)
+    return _lazy(reader, f"{config.kind} vision tower", leaves, present, dtype)
+
+
+def vision_params(reader: TensorReader, config: VisionConfig, dtype: Any = None) -> Params:
+    """`vision_arrays`, read into memory."""
+    return read_all(vision_arrays(reader, config, dtype))
+
+
+def vision_tensors(params: Params, config: VisionConfig, prefix: str = "vision_model.") -> Iterator[tuple[str, Any]]:
+    """The inverse of `vision_params`, bit for bit: (HF name behind `prefix`, array)."""
+    d, p = config.hidden_size, config.patch_size
+    leaves = {path: np.asarray(array) for path, array in flat(params).items()}
+    kernel = leaves.pop("embed/kernel").reshape(p, p, 3, d)
+    yield f"{prefix}embeddings.patch_embedding.weight", np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
+    yield f"{prefix}embeddings.position_embedding.weight", leaves.pop("embed/position")
+    if "embed/class" in leaves:
+        yield f"{prefix}embeddings.class_embedding", leaves.pop("embed/class")
+    if "head/probe" in leaves:
+        yield f"{prefix}head.probe", leaves.pop("head/probe").reshape(1, 1, d)
+        kernels = [leaves.pop(f"head/{name}/kernel").T for name in "qkv"]
+        yield f"{prefix}head.attention.in_proj_weight", np.concatenate(kernels)
+        yield f"{prefix}head.attention.in_proj_bias", np.concatenate([leaves.pop(f"head/{n}/bias") for n in "qkv"])
+    yield from _tensors({ours: prefix + theirs for ours, theirs in _VISION.items()}, leaves)
