@@ -69,6 +69,7 @@ def select(scores: Array, k: int, always_keep_last: bool = False) -> Array:
     always_keep_last: the frame's last token, at which the model decides whether to speak, is always among them.
     """
     chex.assert_type(scores, jnp.float32)
+    scores = jnp.where(scores == 0, 0.0, scores)  # top_k puts -0.0 below 0.0, but they are a tie
     if always_keep_last:
         scores = scores.at[..., -1].set(jnp.inf)
     return jnp.sort(lax.top_k(scores, k)[1], axis=-1).astype(jnp.int32)
