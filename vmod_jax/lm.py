@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -16,10 +15,12 @@ from vmod_jax import workdir
 from vmod_jax.data.conversation import StreamFormat, stream_format
 from vmod_jax.errors import UserError
 from vmod_jax.models.depth import Policy, make_policy
-from vmod_jax.models.llama import LlamaConfig, Routed
-from vmod_jax.models.video_lm import Output, VideoLM, VideoLMConfig, init_params
+from vmod_jax.models.llama import Routed
+from vmod_jax.models.video_lm import Output, VideoLM, VideoLMConfig
 from vmod_jax.streaming.engine import Programs
 from vmod_jax.streaming.session import Session
+from vmod_jax.weights.experts import adapt, learned_layers, trained_layers
+from vmod_jax.weights.folder import complete, load_tokenizer, open_folder
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,8 @@ def load(
     """Opens a workdir, an imported folder, or a Hugging Face folder.
 
     policy, keep, gate: run the model under another depth policy than the one recorded (a name of `depth.POLICIES`, or
-    one LayerSpec a layer); step: of the checkpoint (default: the last); changes: other fields of VideoLMConfig.
+    one LayerSpec a layer); LayerExperts that this adds, at their initialisation, or leaves out are logged in one line.
+    step: of the checkpoint (default: the last); changes: other fields of VideoLMConfig.
     Raises UserError for a path that is none of these.
     """
     path = Path(path).expanduser()
@@ -112,16 +114,23 @@ def load(
 
         config, params = workdir.read_model(path), load_params(path, step=step)
         folder = workdir.tokenizer_folder(path)
-        tokenizer = _tokenizer(folder) if folder else None
+        tokenizer = load_tokenizer(folder) if folder else None
+        trained = trained_layers(config, path)
     elif (path / "config.json").exists():
         config, params, tokenizer = _from_huggingface(path)
+        trained = learned_layers(config.policy)
     else:
         raise UserError(f"{path} is neither a workdir (no model.json) nor a Hugging Face folder (no config.json)")
+    recorded = config
     if policy is not None or keep is not None:
         config = dataclasses.replace(config, policy=_policy(config, policy, keep))
     if gate is not None:
         changes["gate"] = gate
-    return LanguageModel(dataclasses.replace(config, **changes), params, tokenizer)
+    config = dataclasses.replace(config, **changes)
+    params, line = adapt(params, recorded, config, trained)
+    if line:
+        log.warning("%s: %s", path, line)
+    return LanguageModel(config, params, tokenizer)
 
 
 def _policy(config: VideoLMConfig, policy: str | Policy | None, keep: float | None) -> Policy:
@@ -134,59 +143,12 @@ def _policy(config: VideoLMConfig, policy: str | Policy | None, keep: float | No
     return tuple(dataclasses.replace(spec, keep=float(keep)) if spec.selector else spec for spec in base)
 
 
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder))
-
-
 def _from_huggingface(path: Path) -> tuple[VideoLMConfig, Any, Any]:
-    """A Llama folder; with the frame keys and `connector.*` of VideoLLM-online where it has them."""
-    from vmod_jax.weights import huggingface as hf
+    """A Hugging Face folder as `weights.folder.open_folder` has it, its arrays on the device."""
+    from vmod_jax.weights import lazy
 
-    raw = hf.read_config(path)
-    llama = LlamaConfig.from_hf_config(raw)
-    reader = hf.TensorReader(path)
-    names = [name for name in reader.names() if name.startswith("connector.")]
-    connector = hf.connector_params(reader) if names else None
-    width = connector["in"]["kernel"].shape[0] if connector else raw.get("vision_hidden_size", 1024)
-    folder = next((f for f in (path / "tokenizer", path) if (f / "tokenizer.json").exists()), None)
-    tokenizer = _tokenizer(folder) if folder else None
-    config = VideoLMConfig(
-        llama=llama,
-        policy=make_policy("full", llama.num_hidden_layers),
-        frame_token_id=raw.get("v_placeholder_id", len(tokenizer) if tokenizer else llama.vocab_size),
-        vision_hidden_size=width,
-        cls=raw.get("frame_token_cls", True),
-        grid=tuple(raw.get("frame_token_pooled") or (0, 0)) if "frame_token_cls" in raw else (3, 3),
-        interval=raw.get("frame_token_interval", ","),
-        fps=raw.get("frame_fps", 2.0),
-    )
-    params = init_params_beside(config, {"llama": hf.llama_params(reader, llama), "connector": connector})
-    return config, params, tokenizer
-
-
-def init_params_beside(config: VideoLMConfig, given: dict[str, Any]) -> Any:
-    """`given` parameters, and the documented initialisation for every array that they lack."""
-    fresh = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-
-    def fill(path, shape, tree):
-        if isinstance(shape, dict):
-            return {name: fill((*path, name), sub, (tree or {}).get(name)) for name, sub in shape.items()}
-        if tree is None:
-            missing.append("/".join(path))
-            return None
-        return jnp.asarray(tree)
-
-    missing: list[str] = []
-    params = fill((), fresh, {name: tree for name, tree in given.items() if tree is not None})
+    config, arrays, folder, _ = open_folder(path)
+    tree, missing = complete(config, arrays)
     if missing:
-        new = init_params(config, jax.random.key(0))
-        for name in missing:
-            *path, leaf = name.split("/")
-            source, target = new, params
-            for part in path:
-                source, target = source[part], target[part]
-            target[leaf] = source[leaf]
         log.info("initialised what the checkpoint lacks: %s", ", ".join(missing))
-    return params
+    return config, lazy.place(tree), load_tokenizer(folder) if folder else None

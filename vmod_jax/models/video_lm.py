@@ -35,6 +35,8 @@ from vmod_jax.models.llama import (
 )
 from vmod_jax.models.vision import VisionConfig, VisionTower
 
+# How parameters are stored: every leaf below `layers` holds all layers, whatever the policy (there is no scan unit).
+FORMAT = {"version": 1, "layers": "stacked"}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -93,11 +95,13 @@ class VideoLMConfig:
         return cache_kinds(self.policy, self.tokens_per_frame)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "VideoLMConfig":
         raw = json.loads(text)
+        if (there := raw.pop("format", FORMAT)) != FORMAT:
+            raise UserError(f"the model is in format {there}, this version reads {FORMAT}: use the version that wrote it")
         scaling = raw["llama"].pop("rope_scaling", None)
         raw["llama"] = LlamaConfig(**raw["llama"], rope_scaling=RopeScaling(**scaling) if scaling else None)
         raw["policy"] = tuple(LayerSpec(**spec) for spec in raw["policy"])

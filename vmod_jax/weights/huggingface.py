@@ -64,10 +64,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The folder's config.json; raises UserError when it is missing or broken."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a Hugging Face model folder: it has no config.json; give the folder that has")
-    return _read_json(path)
+    return read_json_file(Path(folder), "config.json", "is not a Hugging Face model folder")
+
+
+def read_json_file(folder: Path, name: str, otherwise: str) -> dict[str, Any]:
+    """`folder/name`; raises UserError, "folder `otherwise`: ...", when it is missing, and when it is broken."""
+    if not (folder / name).is_file():
+        raise UserError(f"{folder} {otherwise}: it has no {name}; give the folder that has")
+    return _read_json(folder / name)
 
 
 class TensorReader:
@@ -109,8 +113,11 @@ class TensorReader:
 
     def get(self, name: str) -> np.ndarray:
         """The tensor, in its stored shape and dtype, as a copy of its own."""
+        return self._read(name, name)
+
+    def _read(self, name: str, stored_name: str) -> np.ndarray:
         with _open(self._tensors[name].path) as file:
-            return file.get_tensor(name)
+            return file.get_tensor(stored_name)
 
 
 class _Tensor(NamedTuple):
@@ -146,12 +153,12 @@ def _tensor_files(folder: Path) -> dict[Path, set[str] | None]:
     if not files:
         for pattern in _PICKLES:
             if any(folder.glob(pattern)):
-                raise UserError(_refuse_pickles(folder, pattern))
+                raise UserError(refuse_pickles(folder, pattern))
         raise UserError(f"{folder} has no weights (*.safetensors); download them into it")
     return files
 
 
-def _refuse_pickles(folder: Path, pattern: str) -> str:
+def refuse_pickles(folder: Path, pattern: str) -> str:
     # weights_only: torch then unpickles tensors and nothing else.
     script = (
         "import glob, torch; from safetensors.torch import save_file; "
@@ -214,7 +221,7 @@ class _Leaf:
 
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
-_LLAMA = {
+LLAMA_MODULES = {
     "embed": "model.embed_tokens",
     "layers/input_norm": "model.layers.{i}.input_layernorm",
     "layers/q": "model.layers.{i}.self_attn.q_proj",
@@ -228,6 +235,7 @@ _LLAMA = {
     "norm": "model.norm",
     "head": "lm_head",
 }
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down", "head")
 _EXPERT = "model.layers.{i}.expert.weight"  # of a `vmod` export; Hugging Face has none
 _CONNECTOR = {"in": "connector.0", "out": "connector.2"}
 _VISION = {
@@ -281,7 +289,7 @@ def nested(leaves: dict[str, Any]) -> Params:
     return tree
 
 
-def _check(reader: TensorReader, what: str, expected: dict[str, tuple[int, ...]], present: Iterable[str]) -> None:
+def check(reader: TensorReader, what: str, expected: dict[str, tuple[int, ...]], present: Iterable[str]) -> None:
     """Raise one UserError that names every missing, unexpected and misshapen tensor."""
     missing = [name for name in expected if name not in reader]
     unexpected = [name for name in present if name not in expected and not name.endswith(_BUFFERS)]
@@ -357,7 +365,7 @@ def read_all(tree: Params) -> Params:
 def _lazy(
     reader: TensorReader, what: str, leaves: dict[str, _Leaf], present: Iterable[str], dtype: Any = None
 ) -> Params:
-    _check(reader, what, {name: leaf.shape for leaf in leaves.values() for name in leaf.names}, present)
+    check(reader, what, {name: leaf.shape for leaf in leaves.values() for name in leaf.names}, present)
 
     def lazy(leaf: _Leaf) -> LazyArray:
         wanted = np.dtype(dtype) if dtype is not None else np.result_type(*(reader.dtype(name) for name in leaf.names))
@@ -374,17 +382,21 @@ def _lazy(
 
 def _tensors(modules: dict[str, str], leaves: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Our leaves -> their (name, array); the conversions of these leaves (none, transpose) are their own inverses."""
-    for path, array in leaves.items():
-        leaf = _leaf(modules, path, tuple(array.shape))
-        layers = array if leaf.stacked else (array,)
+    for path, stack in leaves.items():
+        leaf = _leaf(modules, path, tuple(stack.shape))
+        layers = stack if leaf.stacked else (stack,)
         for name, layer in zip(leaf.names, layers, strict=True):
-            yield name, np.ascontiguousarray(leaf.convert(np.asarray(layer)))
+            array = leaf.convert(np.asarray(layer))
+            out = aligned_empty(array.shape, array.dtype)
+            copy_into(out, array)
+            yield name, out
 
 
 # -------------------------------------------------------------------------------------------------------- Llama
 
 
-def _llama_shapes(cfg: LlamaShape) -> dict[str, tuple[int, ...]]:
+def llama_shapes(cfg: LlamaShape) -> dict[str, tuple[int, ...]]:
+    """The leaves of the Llama tree, by their paths."""
     d, f, stack = cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers
     queries, keys = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
     shapes = {
@@ -413,7 +425,7 @@ def llama_arrays(reader: TensorReader, cfg: LlamaShape, dtype: Any = None) -> Pa
     and a vision tower in the same files are left alone. Raises UserError naming every missing, unexpected and misshapen
     tensor, and when a tied head is stored with other values than the embedding's.
     """
-    leaves = {path: _leaf(_LLAMA, path, shape) for path, shape in _llama_shapes(cfg).items()}
+    leaves = {path: _leaf(LLAMA_MODULES, path, shape) for path, shape in llama_shapes(cfg).items()}
     if _EXPERT.format(i=0) in reader:
         names = tuple(_EXPERT.format(i=i) for i in range(cfg.num_hidden_layers))
         leaves["layers/expert/kernel"] = _Leaf(names, (1, cfg.hidden_size), True, lambda row: row.reshape(-1))
@@ -445,7 +457,7 @@ def llama_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
     leaves = {path: array for path, array in flat(params).items() if path != "layers/expert/kernel"}
     if any("lora_" in path for path in leaves):
         raise ValueError("merge LoRA into the kernels first")
-    return _tensors(_LLAMA, leaves)
+    return _tensors(LLAMA_MODULES, leaves)
 
 
 def expert_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,0 +1,245 @@
+"""`vmod import` and `vmod export`: Hugging Face, PEFT and PyTorch on one side, a workdir on the other.
+
+Both write into a folder beside the destination and rename it at the end: what fails leaves nothing behind.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vmod_jax.errors import UserError
+
+FORMATS = ("llama", "peft", "vmod")
+
+
+def import_main(argv: Sequence[str]) -> None:
+    """`vmod import SRC --out DIR`"""
+    from vmod_jax.models.depth import POLICIES
+    from vmod_jax.models.layer_expert import GATES
+
+    parser = argparse.ArgumentParser("vmod import", description="Hugging Face or PEFT weights -> a workdir.")
+    parser.add_argument("source", metavar="SRC", help="folder of a Llama or Mistral (config.json and safetensors)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="workdir to make; must not exist")
+    parser.add_argument("--vision", metavar="FOLDER", help="SigLIP or CLIP: its vision tower comes along")
+    parser.add_argument("--adapter", metavar="FOLDER", help="PEFT LoRA adapter, with its connector, on top of SRC")
+    parser.add_argument("--policy", choices=POLICIES, help="depth policy to record (full)")
+    parser.add_argument("--keep", type=float, help="share of a frame's tokens that routed layers keep (0.2)")
+    parser.add_argument("--gate", choices=GATES, help="what multiplies a kept token's update (raw)")
+    parser.add_argument("--grid", metavar="HxW", help="patch tokens a frame, 0x0 for none (3x3)")
+    parser.add_argument("--no-cls", action="store_true", help="a frame has no CLS token")
+    args = parser.parse_args(argv)
+    fields: dict[str, Any] = {} if args.gate is None else {"gate": args.gate}
+    if args.grid is not None:
+        if not (match := re.fullmatch(r"(\d+)x(\d+)", args.grid)):
+            raise UserError(f"--grid {args.grid}: give rows and columns, such as 3x3")
+        fields["grid"] = (int(match[1]), int(match[2]))
+    if args.no_cls:
+        fields["cls"] = False
+    done = import_folder(args.source, args.out, args.vision, args.adapter, args.policy, args.keep, **fields)
+    print(f"wrote {args.out}: {done.what}; {done.measured}")
+    print(f"next: vmod_jax.load({args.out!r}), or init_from={args.out} in a training config")
+
+
+def export_main(argv: Sequence[str]) -> None:
+    """`vmod export --workdir DIR --out DST`"""
+    parser = argparse.ArgumentParser("vmod export", description="A workdir -> Hugging Face, PEFT or PyTorch.")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a run's, or an imported folder")
+    parser.add_argument("--out", required=True, metavar="DST", help="folder to make; must not exist")
+    parser.add_argument("--format", choices=FORMATS, default="llama", help=_FORMATS_HELP)
+    parser.add_argument("--step", type=int, help="of the checkpoint (the last)")
+    parser.add_argument("--base", metavar="NAME", help="peft: the base model's name or folder (the imported one)")
+    args = parser.parse_args(argv)
+    done = export_folder(args.workdir, args.out, args.format, args.step, args.base)
+    print(f"wrote {args.out}: {done.what}; {done.measured}")
+    print(f"load: {done.load}")
+
+
+_FORMATS_HELP = (
+    "llama: a LlamaForCausalLM, LoRA merged (default); peft: the LoRA adapter and the connector; "
+    "vmod: the whole model with PyTorch code beside it"
+)
+
+
+class Done(NamedTuple):
+    """What was written, how to load it, and what it cost, one line each."""
+
+    what: str
+    load: str
+    measured: str
+
+
+def import_folder(
+    source: str | Path,
+    out: str | Path,
+    vision: str | Path | None = None,
+    adapter: str | Path | None = None,
+    policy: str | None = None,
+    keep: float | None = None,
+    **fields: Any,
+) -> Done:
+    """Makes a workdir of a Hugging Face folder: model.json, tokenizer/, generation_config.json, checkpoints/0.
+
+    vision, adapter: folders of a SigLIP or CLIP tower, of a PEFT adapter; policy, keep: recorded in model.json;
+    fields: others of VideoLMConfig. Raises UserError, leaving nothing behind, for whatever does not fit.
+    """
+    import jax
+
+    from vmod_jax import workdir
+    from vmod_jax.models.depth import make_policy
+    from vmod_jax.models.vision import check_frame_tokens
+    from vmod_jax.weights import export, lazy
+    from vmod_jax.weights.experts import IMPORTED
+    from vmod_jax.weights.folder import complete, load_tokenizer, open_folder
+
+    started = time.perf_counter()
+    source, out = _source(source), Path(out).expanduser()
+    check_absent(out)
+    opened = open_folder(source, vision and _source(vision), adapter and _source(adapter))
+    config, layers = opened.config, opened.config.llama.num_hidden_layers
+    if policy is not None or keep is not None:
+        name = "interleaved" if policy is None else policy
+        fields["policy"] = make_policy(name, layers, 0.2 if keep is None else keep)
+    config = dataclasses.replace(config, **fields)
+    if config.vision is not None:
+        check_frame_tokens(config.vision, config.cls, config.grid)
+    tree, missing = complete(config, opened.arrays)
+    record = {"source": str(source.absolute()), "vision": vision and str(vision), "adapter": adapter and str(adapter)}
+    record["experts"] = "initialised" if "llama/layers/expert/kernel" in missing else "imported"
+    with writing(out) as folder:
+        workdir.write(folder, config, None)
+        export.write_json(folder / IMPORTED, record)
+        if opened.generation:
+            export.write_json(folder / "generation_config.json", opened.generation)
+        if opened.tokenizer is not None:
+            export.copy_tokenizer(opened.tokenizer, folder / "tokenizer")
+            if not (folder / "tokenizer" / "tokenizer.json").exists():
+                load_tokenizer(opened.tokenizer).save_pretrained(str(folder / "tokenizer"))
+        lazy.save(folder, tree)
+
+    leaves = jax.tree.leaves(tree, is_leaf=lazy.is_lazy)
+    read = sum(leaf.nbytes for leaf in leaves if lazy.is_lazy(leaf))
+    size = sum(leaf.size for leaf in leaves)
+    kinds = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(opened.arrays, is_leaf=lazy.is_lazy)})
+    parts = [f"{layers} layers, {size:,} parameters ({', '.join(kinds)})"]
+    parts += [] if config.vision is None else [f"{config.vision.kind} tower"]
+    parts += [f"LoRA of rank {config.lora.rank}"] if config.lora.rank else []
+    parts.append("tokenizer" if opened.tokenizer else "no tokenizer")
+    if missing:
+        modules = sorted({name.rpartition("/")[0].removeprefix("llama/layers/") for name in missing})
+        parts.append(f"initialised what it lacks ({', '.join(modules)})")
+    return Done(", ".join(parts), f"vmod_jax.load({str(out)!r})", _measured(read, started))
+
+
+def export_folder(
+    folder: str | Path, out: str | Path, form: str = "llama", step: int | None = None, base: str | None = None
+) -> Done:
+    """Writes a workdir's model as `form`: llama, peft or vmod. Raises UserError, leaving nothing behind."""
+    from vmod_jax import workdir
+    from vmod_jax.training.checkpoint import load_params
+    from vmod_jax.weights import export
+    from vmod_jax.weights.experts import IMPORTED
+
+    started = time.perf_counter()
+    folder, out = Path(folder).expanduser(), Path(out).expanduser()
+    check_absent(out)
+    config = workdir.read_model(folder)
+    record = _json(folder / IMPORTED)
+    training = workdir.read_config(folder) or {}
+    if form == "peft" and (training.get("optimizer") or {}).get("train_base"):
+        raise UserError(f"{folder}: the base weights were trained too, an adapter would lose that; use --format llama")
+    params = load_params(folder, step=step)
+    tokenizer = workdir.tokenizer_folder(folder)
+    generation = _json(folder / "generation_config.json") or _token_ids(tokenizer)
+    name = shlex.quote(str(out))
+    with writing(out) as target:
+        if form == "llama":
+            left_out = export.llama_folder(target, config, params, generation)
+            what, load = "a LlamaForCausalLM", f"transformers.AutoModelForCausalLM.from_pretrained({name})"
+        elif form == "peft":
+            base = base or record.get("source")
+            left_out = export.peft_folder(target, config, params, base)
+            what, load = "a PEFT adapter", f"peft.PeftModel.from_pretrained(base, {name}), base: {base or 'its model'}"
+        else:
+            left_out = export.vmod_folder(target, config, params, generation)
+            what = "the whole model and its PyTorch code"
+            load = f"transformers.AutoModel.from_pretrained({name}, trust_remote_code=True)"
+        if tokenizer is not None:
+            export.copy_tokenizer(tokenizer, target)
+        written = sum(file.stat().st_size for file in target.iterdir())
+    parts = [what, "with its tokenizer" if tokenizer else "without a tokenizer", *([left_out] if left_out else [])]
+    return Done(", ".join(parts), load, _measured(written, started))
+
+
+# ------------------------------------------------------------------------------------------------------- folders
+
+
+def check_absent(out: Path) -> None:
+    """Raises UserError where something already lies."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} already exists: name another folder, or remove it")
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its name when the block ends well, and is removed when it does not."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".unfinished", dir=out.parent))
+    try:
+        yield folder
+        mask = os.umask(0)
+        os.umask(mask)
+        folder.chmod(0o777 & ~mask)  # mkdtemp's are for their owner alone
+        if out.is_dir():
+            out.rmdir()  # empty: check_absent
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _source(path: str | Path) -> Path:
+    """A folder; a single file is a mistake with a known remedy."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return path
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; download the model and give the folder that has its config.json")
+    if path.suffix in (".bin", ".pt", ".pth"):
+        from vmod_jax.weights.huggingface import refuse_pickles
+
+        raise UserError(refuse_pickles(path.parent, path.name))
+    raise UserError(f"{path} is a file: give the folder that has config.json and the safetensors files")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _token_ids(tokenizer: Path | None) -> dict[str, Any]:
+    """What generation needs, of a model whose folder says nothing: its tokenizer's bos and eos."""
+    if tokenizer is None:
+        return {}
+    from vmod_jax.weights.folder import load_tokenizer
+
+    made = load_tokenizer(tokenizer)
+    ids = {"bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _measured(size: int, started: float) -> str:
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s), peak memory {peak / 2**30:.2f} GiB"
