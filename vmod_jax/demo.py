@@ -51,7 +51,7 @@ def demo(out: Path, config: Any) -> dict[str, Any]:
         summary = train(config, out / policy)
         curves[policy] = read_metrics(out / policy / "metrics.jsonl")
         banner(f"evaluate on unseen videos: {policy}")
-        scores[policy] = evaluate(out / policy, split="test")
+        scores[policy] = evaluate(out / policy)
         print_scores(scores[policy])
         policies[policy] = {
             **{name: scores[policy]["metrics"][name] for name in METRICS},
@@ -117,6 +117,7 @@ def demo_config() -> Any:
     config.data.train_videos = 512
     config.data.val_videos = 8
     config.data.test_videos = 32
+    config.data.eval_split = "test"
 
     config.optimizer.learning_rate = 3e-3
     config.optimizer.train_base = True

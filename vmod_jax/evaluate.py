@@ -193,14 +193,14 @@ def evaluate(
     workdir: str | Path,
     config: Any = None,
     benchmark: str = "narration",
-    split: str = "val",
+    split: str | None = None,
     threshold: float = 0.0,
     step: int | None = None,
 ) -> dict[str, Any]:
     """Scores a checkpoint and writes WORKDIR/eval/BENCHMARK.json, with the predictions beside it.
 
     config: whose `data` section says what to score on (default: the workdir's own); threshold: theta of the metrics,
-    0 for argmax alone. Raises UserError for what does not fit.
+    0 for argmax alone; split: default config.data.eval_split. Raises UserError for what does not fit.
     """
     if benchmark not in BENCHMARKS:
         raise UserError(f"unknown benchmark '{benchmark}': use one of {', '.join(BENCHMARKS)}")
@@ -211,6 +211,7 @@ def evaluate(
             raise UserError(f"{workdir} has no config.json (it was imported): say what to score on with --config")
         config = ConfigDict(stored)
     config = configuration.complete(config)
+    split = split or config.data.eval_split
     began = time.perf_counter()
     lm = load(workdir, step=step)
     scored = BENCHMARKS[benchmark](lm, config, split, threshold)
@@ -235,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, help="a trained or imported model")
     parser.add_argument("--config", help="a file of configs/ whose data to score on (default: the workdir's own)")
     parser.add_argument("--benchmark", default="narration", help=f"one of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--split", default="val", choices=("train", "val", "test"))
+    parser.add_argument("--split", choices=("train", "val", "test"), help="default: data.eval_split")
     parser.add_argument("--threshold", type=float, default=0.0, help="speak where P(silent) is below; 0: argmax alone")
     parser.add_argument("--step", type=int, help="checkpoint (default: the last)")
     args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)

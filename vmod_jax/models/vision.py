@@ -74,7 +74,7 @@ class VisionConfig:
             if self.hidden_size != (width := patches_width(self.patch_size)):
                 raise UserError(
                     f"vision: `patches` with patch_size {self.patch_size} has hidden_size {width} "
-                    f"(3 * patch_size**2 + 2), not {self.hidden_size}"
+                    f"(3 * patch_size**2 + 8), not {self.hidden_size}"
                 )
             return
         for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -329,22 +329,27 @@ def clip(params: Params, x: jax.Array, config: VisionConfig) -> tuple[jax.Array,
 
 
 def patches_width(patch_size: int) -> int:
-    """d_v of `patches`: a cell's p * p pixels of 3 channels, and its place."""
-    return 3 * patch_size**2 + 2
+    """d_v of `patches`: a cell's p * p pixels of 3 channels, and a code of its place."""
+    return 3 * patch_size**2 + 8
 
 
 def patches(x: jax.Array, config: VisionConfig, grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """Normalised pixels [..., S, S, 3] -> their mean cell [..., d], the cells [..., h*w, d], d = p * p * 3 + 2.
+    """Normalised pixels [..., S, S, 3] -> their mean cell [..., d], the cells [..., h*w, d], d = p * p * 3 + 8.
 
     A cell of the h x w grid is shrunk to p x p by averaging areas, and followed by a code of its row and column, since
     other encoders' tokens know their place too. A CLS-only frame is one cell, the whole image.
     """
     h, w = grid if all(grid) else (1, 1)
     pixels = patchify(adaptive_avg_pool(x, h * config.patch_size, w * config.patch_size), config.patch_size)
-    line = lambda count: np.linspace(-1, 1, count) if count > 1 else np.zeros(1)  # noqa: E731
-    places = np.stack(np.meshgrid(line(h), line(w), indexing="ij"), axis=-1).reshape(h * w, 2)
-    cells = jnp.concatenate([pixels, jnp.broadcast_to(places, (*pixels.shape[:-1], 2)).astype(pixels.dtype)], axis=-1)
+    places = np.concatenate([np.repeat(place_code(h), w, axis=0), np.tile(place_code(w), (h, 1))], axis=-1)
+    cells = jnp.concatenate([pixels, jnp.broadcast_to(places, (*pixels.shape[:-1], 8)).astype(pixels.dtype)], axis=-1)
     return cells.mean(-2), cells
+
+
+def place_code(count: int) -> np.ndarray:
+    """Sine and cosine of two frequencies along one axis of `count` cells: f64[count, 4]."""
+    angle = np.pi / 2 * (np.linspace(-1, 1, count) if count > 1 else np.zeros(1))
+    return np.stack([np.sin(angle), np.cos(angle), np.sin(2 * angle), np.cos(2 * angle)], axis=-1)
 
 
 def check_frame_tokens(config: VisionConfig, cls: bool, grid: tuple[int, int]) -> int:

@@ -67,6 +67,7 @@ def defaults() -> Config:
     data.val_videos = 32
     data.test_videos = 8
     data.seed = 0
+    data.eval_split = "val"  # what `vmod evaluate` scores on
     data.fps = 2.0
     data.tokenizer = ""  # a folder; "": the one that comes with the data or with init_from
     data.interval = ","  # between frames: "stay silent"; "": eos says so
