@@ -60,7 +60,10 @@ class Programs:
         def extend(cache, ids, length):
             hidden, _, cache = apply(ids, None, length, cache, method="hidden")
             last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[0, 0]
-            return jnp.argmax(apply(last, method="logits")).astype(jnp.int32), cache
+            logits = apply(last, method="logits")
+            # A padded vocabulary may have a row for the frame token; a reply cannot show a frame.
+            logits = jnp.where(jnp.arange(logits.size) == self.config.frame_token_id, -jnp.inf, logits)
+            return jnp.argmax(logits).astype(jnp.int32), cache
 
         def step(state):
             cache, token, out, count = state
@@ -122,8 +125,13 @@ class Engine:
             )
 
     def _record(self, ids: list[int], frames: int) -> None:
+        n, positions = self.config.tokens_per_frame, self.config.llama.max_position_embeddings
+        if len(self.input_ids) <= positions < len(self.input_ids) + len(ids):
+            self.announce(
+                f"the stream outgrows the {positions} positions that the model knows after {self.used.frames} frames: "
+                "what it says from here on may make no sense; start a new stream"
+            )
         self.input_ids += ids
-        n = self.config.tokens_per_frame
         self.used = Mark(self.used.text + len(ids) - frames * n, self.used.frames + frames)
 
     def _text_chunk(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -148,6 +156,8 @@ class Engine:
         for (the rest is padding).
         """
         n, count = self.config.tokens_per_frame, len(frames)
+        frames = self._checked(frames)
+        self._reserve(len(ids) + (count - 1) * len(interval), count)  # before anything is fed
         if len(ids) > FRAME_TEXT:
             self.feed_text(ids[:-FRAME_TEXT])
             ids = ids[-FRAME_TEXT:]
@@ -157,20 +167,26 @@ class Engine:
         for i in range(count):
             tokens += (interval if i else []) + frame
             read[i] = len(tokens) - 1
-        self._reserve(len(tokens) - count * n, count)
         chunk = np.zeros((1, FRAME_TEXT + width * n + (width - 1) * len(interval)), np.int32)
         chunk[0, : len(tokens)] = tokens
-        shape = dummy_frames(self.config).shape[2:]
-        if frames.ndim == 3:
-            shape = (n, self.config.vision_hidden_size)
-        if frames.shape[1:] != shape:
-            raise UserError(f"a frame of shape {list(frames.shape[1:])}, but the model takes {list(shape)}")
         padded = np.zeros((1, width, *frames.shape[1:]), frames.dtype)
         padded[0, :count] = frames
         length = np.array([len(tokens)], np.int32)
         logits, self.cache = self.programs.extend(self.params, self.cache, chunk, padded, length, read)
         self._record(tokens, count)
         return np.asarray(logits)[:count]
+
+    def _checked(self, frames: np.ndarray) -> np.ndarray:
+        """The frames in the type that the model takes; UserError where they are not what it takes."""
+        features = frames.ndim == 3
+        wanted = dummy_frames(self.config).shape[2:]
+        if features:
+            wanted, frames = (self.config.tokens_per_frame, self.config.vision_hidden_size), frames.astype(np.float32)
+        if frames.shape[1:] != wanted:
+            raise UserError(f"a frame of shape {list(frames.shape[1:])}, but the model takes {list(wanted)}")
+        if not features and frames.dtype != np.uint8:
+            raise UserError(f"a frame of {frames.dtype} pixels: give uint8, 0 to 255")
+        return frames
 
     def forget_frames(self, count: int, interval: list[int]) -> None:
         """Rolls back over the last `count` frames, each with the interval before it."""

@@ -13,6 +13,14 @@ from vmod_jax.data.conversation import DEFAULT_SYSTEM_PROMPT, StreamFormat
 from vmod_jax.errors import UserError
 from vmod_jax.streaming.engine import Engine, Programs
 
+SNAP = 1e-6  # a question so close to a frame's time (in frames) is asked at that frame: seconds are not exact
+
+
+class Query(NamedTuple):
+    place: float  # in frames: 2 is at the third frame, 2.5 half-way to the fourth
+    time: float  # in seconds
+    text: str
+
 
 class Turn(NamedTuple):
     """Something said at `time` seconds of the stream, by "user" or "assistant"."""
@@ -44,6 +52,8 @@ class Session:
     ):
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold {threshold} is outside [0, 1]: it is a probability, 0 asks for argmax alone")
+        if min(width, max_reply) < 1:
+            raise UserError(f"width {width} and max_reply {max_reply} must be at least 1")
         self.engine = Engine(programs, params, max_frames, announce=announce)
         self.fmt, self.fps = fmt, programs.config.fps
         self.threshold, self.max_reply, self.width = threshold, max_reply, width
@@ -52,7 +62,7 @@ class Session:
         self._in_stream = False  # whether a "[" is open
         self._pending_ids: list[int] = []  # tokens that wait for the text behind them
         self._pending_text = fmt.opening(system)
-        self._queries: list[tuple[float, str]] = []
+        self._queries: list[Query] = []  # in order of time
 
     # --- what a user calls --------------------------------------------------------------------------------------------
 
@@ -68,14 +78,19 @@ class Session:
     def ask(self, text: str, time: float | None = None) -> str | None:
         """Asks at `time` seconds (default: the next frame's time).
 
-        A question before the next frame's time is answered now, and the reply returned; one at or after a frame's
-        time is answered by the `push` of that frame.
+        A question before the next frame's time is answered now (one before the last frame's, as if asked at it), and
+        the reply returned; one at or after a frame's time is answered by the `push` of that frame.
         """
-        time = self.next_time if time is None else time
-        if time < self.next_time:
-            return self._answer(text, time)
-        self._queries = sorted([*self._queries, (time, text)], key=lambda query: query[0])
-        return None
+        time = self.next_time if time is None else max(float(time), (self.frames - 1) / self.fps)
+        if not np.isfinite(time):
+            raise UserError(f"a question at {time} seconds: give the time of the stream at which it is asked")
+        place = time * self.fps
+        query = Query(round(place) if abs(place - round(place)) < SNAP else place, time, text)
+        if query.place >= self.frames:
+            self._queries = sorted([*self._queries, query], key=lambda query: query.place)
+            return None
+        self._answer_until(query.place)  # those that were to be asked earlier
+        return self._answer(query)
 
     def push(self, frame: np.ndarray) -> str | None:
         """Shows one frame, u8[S, S, 3] pixels or f32[n, d_v] features; -> what the model says after it, or None."""
@@ -89,7 +104,7 @@ class Session:
         """
         first_turn, queue = len(self.turns), [np.asarray(frame) for frame in frames]
         while queue:
-            self._answer_until(self.next_time - 1e-9)
+            self._answer_until(self.frames - SNAP)
             chunk = queue[: self._frames_until_query()]
             speaks = self._show(np.stack(chunk))
             shown = len(chunk) if speaks is None else speaks + 1
@@ -97,11 +112,11 @@ class Session:
             if speaks is not None and shown < len(chunk):
                 self.engine.forget_frames(len(chunk) - shown, self.fmt.interval_ids)
             queue = queue[shown:]
-            now = (self.frames - 1) / self.fps
-            if self._queries and self._queries[0][0] <= now:
-                self._answer_until(now)
+            last = self.frames - 1
+            if self._queries and self._queries[0].place <= last:
+                self._answer_until(last)
             elif speaks is not None:
-                self._reply("", now)
+                self._reply("", last / self.fps)
         return [turn for turn in self.turns[first_turn:] if turn.role == "assistant"]
 
     def finish(self) -> list[Turn]:
@@ -113,12 +128,12 @@ class Session:
     # --- the protocol -------------------------------------------------------------------------------------------------
 
     def _frames_until_query(self) -> int:
-        """Frames that may be shown before the next question must be answered; at most `width`."""
-        count = self.width
+        """Frames that may be shown before the next question must be answered: at most `width`, and no more than fit."""
+        count = min(self.width, self.engine.max_frames - self.frames)
         if self._queries:
-            # The frame at or after the question's time is the last one before its answer.
-            count = int(np.floor(self._queries[0][0] * self.fps + 1e-9)) - self.frames + 1
-        return int(np.clip(count, 1, self.width))
+            # The last frame that is not later than the question is the last one before its answer.
+            count = min(count, int(self._queries[0].place) - self.frames + 1)
+        return max(1, count)
 
     def _show(self, frames: np.ndarray) -> int | None:
         """Feeds frames; -> index of the first after which the model wants to speak."""
@@ -130,15 +145,14 @@ class Session:
         speaks = np.flatnonzero(wants_to_speak(logits, self.fmt.interval_id, self.threshold))
         return int(speaks[0]) if len(speaks) else None
 
-    def _answer_until(self, time: float) -> None:
-        """Answers the questions of up to `time` seconds."""
-        while self._queries and self._queries[0][0] <= time:
-            asked, text = self._queries.pop(0)
-            self._answer(text, asked)
+    def _answer_until(self, place: float) -> None:
+        """Answers the questions of up to `place` frames."""
+        while self._queries and self._queries[0].place <= place:
+            self._answer(self._queries.pop(0))
 
-    def _answer(self, query: str, time: float) -> str:
-        self.turns.append(Turn(time, "user", query))
-        return self._reply(self.fmt.user_text(query), time)
+    def _answer(self, query: Query) -> str:
+        self.turns.append(Turn(query.time, "user", query.text))
+        return self._reply(self.fmt.user_text(query.text), query.time)
 
     def _reply(self, user_text: str, time: float) -> str:
         """Lets the model speak, after a question or by itself."""
@@ -148,7 +162,7 @@ class Session:
         reply, _ = self.engine.generate(ids, self.fmt.eos_id, self.max_reply)
         # eos has not been fed: it goes in with what comes next, also after a reply that was cut.
         self._pending_ids, self._pending_text, self._in_stream = [self.fmt.eos_id], "", False
-        said = self.fmt.tokenizer.decode(reply, skip_special_tokens=True).strip()
+        said = self.fmt.tokenizer.decode(reply, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
         self.turns.append(Turn(time, "assistant", said))
         return said
 
