@@ -4,23 +4,20 @@ Both write into a folder beside the destination and rename it at the end: what f
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import os
 import re
 import resource
 import shlex
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vmod_jax.errors import UserError
 
+NOTHING = ""  # what `replacing` may replace
 FORMATS = ("llama", "peft", "vmod")
 
 
@@ -97,6 +94,7 @@ def import_folder(
     import jax
 
     from vmod_jax import workdir
+    from vmod_jax.data.storage import replacing
     from vmod_jax.models.depth import make_policy
     from vmod_jax.models.vision import check_frame_tokens
     from vmod_jax.weights import export, lazy
@@ -117,7 +115,7 @@ def import_folder(
     tree, missing = complete(config, opened.arrays)
     record = {"source": str(source.absolute()), "vision": vision and str(vision), "adapter": adapter and str(adapter)}
     record["experts"] = "initialised" if "llama/layers/expert/kernel" in missing else "imported"
-    with writing(out) as folder:
+    with replacing(out, NOTHING) as folder:
         workdir.write(folder, config, None)
         export.write_json(folder / IMPORTED, record)
         if opened.generation:
@@ -147,6 +145,7 @@ def export_folder(
 ) -> Done:
     """Writes a workdir's model as `form`: llama, peft or vmod. Raises UserError, leaving nothing behind."""
     from vmod_jax import workdir
+    from vmod_jax.data.storage import replacing
     from vmod_jax.training.checkpoint import load_params
     from vmod_jax.weights import export
     from vmod_jax.weights.experts import IMPORTED
@@ -163,7 +162,7 @@ def export_folder(
     tokenizer = workdir.tokenizer_folder(folder)
     generation = _json(folder / "generation_config.json") or _token_ids(tokenizer)
     name = shlex.quote(str(out))
-    with writing(out) as target:
+    with replacing(out, NOTHING) as target:
         if form == "llama":
             left_out = export.llama_folder(target, config, params, generation)
             what, load = "a LlamaForCausalLM", f"transformers.AutoModelForCausalLM.from_pretrained({name})"
@@ -189,25 +188,6 @@ def check_absent(out: Path) -> None:
     """Raises UserError where something already lies."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists: name another folder, or remove it")
-
-
-@contextlib.contextmanager
-def writing(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its name when the block ends well, and is removed when it does not."""
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".unfinished", dir=out.parent))
-    try:
-        yield folder
-        mask = os.umask(0)
-        os.umask(mask)
-        folder.chmod(0o777 & ~mask)  # mkdtemp's are for their owner alone
-        if out.is_dir():
-            out.rmdir()  # empty: check_absent
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _source(path: str | Path) -> Path:

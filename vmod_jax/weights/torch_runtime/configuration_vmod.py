@@ -1,0 +1,25 @@
+"""Configuration of an exported VideoLLM-MoD: everything is under `video_lm`."""
+
+from transformers import PretrainedConfig
+
+
+class VideoLMConfig(PretrainedConfig):
+    """video_lm: a dictionary,
+
+    llama: sizes of the decoder, in Hugging Face's names
+    policy: [{keep, selector}] a layer: share of a frame's tokens that it computes, and who chooses them
+    frame_token_id, cls, grid: a frame is its CLS token (if cls) and grid[0] x grid[1] patches, all written as that id
+    gate, always_keep_last, router_seed: how routed layers choose and scale
+    vision: sizes of the vision tower, or None; vision_hidden_size: of its features
+    interval, fps: what is written between frames, and how many of them there are a second
+    """
+
+    model_type = "videollm_mod"
+
+    def __init__(self, video_lm=None, **kwargs):
+        self.video_lm = video_lm or {}
+        super().__init__(**kwargs)
+
+    @property
+    def tokens_per_frame(self):
+        return int(self.video_lm["cls"]) + self.video_lm["grid"][0] * self.video_lm["grid"][1]
