@@ -16,7 +16,7 @@ from vmod_jax.data.conversation import StreamFormat, stream_format
 from vmod_jax.errors import UserError
 from vmod_jax.models.depth import Policy, make_policy
 from vmod_jax.models.llama import Routed
-from vmod_jax.models.video_lm import Output, VideoLM, VideoLMConfig
+from vmod_jax.models.video_lm import Output, VideoLM, VideoLMConfig, check_frames
 from vmod_jax.streaming.engine import Programs
 from vmod_jax.streaming.session import Session
 from vmod_jax.weights.experts import adapt, learned_layers, trained_layers
@@ -53,6 +53,17 @@ class LanguageModel:
             raise UserError(f"input_ids has shape {list(ids.shape)}: give a batch of rows, i32[B, T]")
         batch, size = ids.shape
         n, is_frame = self.config.tokens_per_frame, ids == self.config.frame_token_id
+        # A stray id would be read as the last token there is, and never be noticed.
+        vocabulary = self.config.llama.vocab_size
+        for b, t in np.argwhere(((ids < 0) | (ids >= vocabulary)) & ~is_frame)[:1]:
+            raise UserError(
+                f"token {ids[b, t]} (row {b}, place {t}) is not in the vocabulary of {vocabulary}: "
+                "was the text made with this model's tokenizer?"
+            )
+        if frames is not None:
+            frames = check_frames(self.config, frames if hasattr(frames, "shape") else np.asarray(frames), lead=2)
+            if len(frames) != batch:
+                raise UserError(f"{batch} rows of input_ids, but frames for {len(frames)}")
         given = 0 if frames is None else frames.shape[1]
         if (most := int(is_frame.sum(1).max())) > given * n:
             raise UserError(f"a row has {most} frame tokens, but {given} frames of {n} tokens were given")
@@ -68,7 +79,8 @@ class LanguageModel:
         """Logits at every position of whole sequences.
 
         input_ids: i32[B, T]; frames: f32[B, F, n, d_v] features, u8[B, F, S, S, 3] pixels, or None for text alone
-        -> f32[B, T, V]. Raises UserError when the frame tokens do not fit the frames.
+        -> f32[B, T, V]. Raises UserError when the frame tokens do not fit the frames, and for an id that is neither in
+        the vocabulary nor the frame token.
         """
         return self._run(input_ids, frames).logits[:, : np.shape(input_ids)[1]]
 
@@ -140,6 +152,8 @@ def _policy(config: VideoLMConfig, policy: str | Policy | None, keep: float | No
     base = config.policy if policy is None else policy
     if keep is None:
         return base
+    if not any(spec.selector for spec in base):
+        raise UserError(f"keep={keep:g} has no layer to act on: the recorded policy chooses no tokens; name a policy")
     return tuple(dataclasses.replace(spec, keep=float(keep)) if spec.selector else spec for spec in base)
 
 

@@ -101,7 +101,9 @@ class VideoLMConfig:
     def from_json(cls, text: str) -> "VideoLMConfig":
         raw = json.loads(text)
         if (there := raw.pop("format", FORMAT)) != FORMAT:
-            raise UserError(f"the model is in format {there}, this version reads {FORMAT}: use the version that wrote it")
+            raise UserError(
+                f"the model is in format {there}, this version reads {FORMAT}: use the version that wrote it"
+            )
         scaling = raw["llama"].pop("rope_scaling", None)
         raw["llama"] = LlamaConfig(**raw["llama"], rope_scaling=RopeScaling(**scaling) if scaling else None)
         raw["policy"] = tuple(LayerSpec(**spec) for spec in raw["policy"])
@@ -204,6 +206,22 @@ def dummy_frames(config: VideoLMConfig, batch: int = 1, frames: int = 1) -> Arra
     if config.vision is None:
         return jnp.zeros((batch, frames, config.tokens_per_frame, config.vision_hidden_size))
     return jnp.zeros((batch, frames, config.vision.image_size, config.vision.image_size, 3), jnp.uint8)
+
+
+def check_frames(config: VideoLMConfig, frames: Any, lead: int) -> Any:
+    """A user's frames with `lead` axes in front, u8[..., S, S, 3] pixels or [..., n, d_v] features (made float32).
+
+    Raises UserError where they are not what the model takes.
+    """
+    features, pixels = (config.tokens_per_frame, config.vision_hidden_size), dummy_frames(config).shape[2:]
+    if frames.shape[lead:] not in (features, pixels):
+        takes = f"{list(pixels)}" if features == pixels else f"{list(pixels)} pixels or {list(features)} features"
+        raise UserError(f"a frame of shape {list(frames.shape[lead:])}, but the model takes {takes}")
+    if frames.shape[lead:] == features:
+        return frames.astype(jnp.float32)
+    if frames.dtype != jnp.uint8:
+        raise UserError(f"a frame of {frames.dtype} pixels: give uint8, 0 to 255")
+    return frames
 
 
 def init_params(config: VideoLMConfig, key: Array) -> Any:

@@ -17,7 +17,7 @@ from jax import Array
 from vmod_jax.errors import UserError
 from vmod_jax.models import kv_cache
 from vmod_jax.models.kv_cache import Cache
-from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, cache_slots, dummy_frames, make_cache
+from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, cache_slots, check_frames, make_cache
 
 TEXT_CHUNKS = (8, 32, 128, 512)
 FRAME_TEXT = 4  # text tokens in a chunk beside its frames and the intervals between them
@@ -156,7 +156,7 @@ class Engine:
         for (the rest is padding).
         """
         n, count = self.config.tokens_per_frame, len(frames)
-        frames = self._checked(frames)
+        frames = check_frames(self.config, frames, lead=1)
         self._reserve(len(ids) + (count - 1) * len(interval), count)  # before anything is fed
         if len(ids) > FRAME_TEXT:
             self.feed_text(ids[:-FRAME_TEXT])
@@ -175,18 +175,6 @@ class Engine:
         logits, self.cache = self.programs.extend(self.params, self.cache, chunk, padded, length, read)
         self._record(tokens, count)
         return np.asarray(logits)[:count]
-
-    def _checked(self, frames: np.ndarray) -> np.ndarray:
-        """The frames in the type that the model takes; UserError where they are not what it takes."""
-        features = frames.ndim == 3
-        wanted = dummy_frames(self.config).shape[2:]
-        if features:
-            wanted, frames = (self.config.tokens_per_frame, self.config.vision_hidden_size), frames.astype(np.float32)
-        if frames.shape[1:] != wanted:
-            raise UserError(f"a frame of shape {list(frames.shape[1:])}, but the model takes {list(wanted)}")
-        if not features and frames.dtype != np.uint8:
-            raise UserError(f"a frame of {frames.dtype} pixels: give uint8, 0 to 255")
-        return frames
 
     def forget_frames(self, count: int, interval: list[int]) -> None:
         """Rolls back over the last `count` frames, each with the interval before it."""

@@ -69,8 +69,11 @@ def load_params(workdir: str | Path, mesh: Mesh | None = None, step: int | None 
         _no_checkpoint(workdir)
     with Checkpoints(Path(workdir)) as checkpoints:
         step = checkpoints.latest() if step is None else step
-        if step is None or step not in checkpoints.manager.all_steps():
+        steps = sorted(checkpoints.manager.all_steps())
+        if step is None:
             _no_checkpoint(workdir)
+        if step not in steps:
+            raise UserError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
         tree = _stored_arrays(checkpoints.manager.directory / str(step) / "params")
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         one = SingleDeviceSharding(jax.devices()[0])
