@@ -211,10 +211,9 @@ def test_what_a_policy_adds_is_said_and_is_the_documented_initialisation(tmp_pat
         assert vmod_jax.load(tmp_path / "run").config.policy[1].keep == 1
         assert not caplog.records
         for path in ("run", "hf"):
-            rows = vmod_jax.load(tmp_path / path, policy="all").params["llama"]["layers"]["expert"]["kernel"]
-            assert np.isclose(np.std(rows), 64**-0.5, rtol=0.2)
-            rows = vmod_jax.load(tmp_path / path, policy="all", gate="tanh").params["llama"]["layers"]["expert"]["kernel"]
-            assert np.isclose(np.std(rows), 0.02 * 64**-0.5, rtol=0.2)
+            for gate, scale in (("raw", 1), ("tanh", 0.02)):
+                layers = vmod_jax.load(tmp_path / path, policy="all", gate=gate).params["llama"]["layers"]
+                assert np.isclose(np.std(layers["expert"]["kernel"]), scale * 64**-0.5, rtol=0.2)
     assert len(caplog.records) == 4
     assert all("LayerExperts of layers 0, 1, 2 are at their initialisation" in r.getMessage() for r in caplog.records)
 
@@ -240,7 +239,7 @@ def test_another_format_is_refused(tmp_path):
     import_folder(tmp_path / "hf", tmp_path / "run")
     path = tmp_path / "run" / "model.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(UserError, match="format .*2"):
+    with pytest.raises(UserError, match=r"format .*2"):
         vmod_jax.load(tmp_path / "run")
 
 
@@ -403,8 +402,8 @@ print(json.dumps({"before": before, "peak": peak()}))
 def test_import_stays_within_its_memory(tmp_path):
     """Peak resident memory <= arrays that live on the host + the largest shard + 2 GiB.
 
-    VMOD_IMPORT_LAYERS=32 writes an 8B-shaped checkpoint (16 GB, as much again for the workdir); the default has 4 of
-    its layers.
+    VMOD_IMPORT_LAYERS=32 writes an 8B-shaped checkpoint (16 GB, as much again for the workdir; loading it is left out
+    where memory does not allow it); the default has 4 of its layers.
     """
     layers = int(os.environ.get("VMOD_IMPORT_LAYERS", "4"))
     config = {
@@ -416,7 +415,11 @@ def test_import_stays_within_its_memory(tmp_path):
     write_checkpoint(tmp_path / "hf", config, ml_dtypes.bfloat16, 10**9)
     files = [path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors")]
     largest_leaf = layers * 4096 * 14336 * 2
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     for how, on_host in (("import", largest_leaf), ("load", sum(files))):
+        if on_host + 4 * 2**30 > free:
+            print(f"\n{how}: left out, {free / 2**30:.1f} GiB of memory are free")
+            continue
         run = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", MEMORY, how, str(tmp_path / "hf"), str(tmp_path / "run")],
             capture_output=True, text=True, check=True,

@@ -221,5 +221,14 @@ def _token_ids(tokenizer: Path | None) -> dict[str, Any]:
 
 def _measured(size: int, started: float) -> str:
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s), peak memory {peak / 2**30:.2f} GiB"
+    return f"{size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s), peak memory {_peak():.2f} GiB"
+
+
+def _peak() -> float:
+    """The most memory that this process has held, in GiB."""
+    try:  # Linux's getrusage counts the parent's memory at the fork too
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+    except (OSError, IndexError):
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most / (2**30 if sys.platform == "darwin" else 2**20)

@@ -207,7 +207,12 @@ def clips_of_shapes(tmp_path_factory):
     vision = VisionConfig("patches", 24, 4, patches_width(4))
     llama = make_config().llama.__class__(**{**vars(make_config().llama), "vocab_size": fmt.frame_token_id})
     config = make_config(
-        "interleaved", llama=llama, vision=vision, vision_hidden_size=vision.hidden_size, grid=(3, 3), frame_token_id=fmt.frame_token_id
+        "interleaved",
+        llama=llama,
+        vision=vision,
+        vision_hidden_size=vision.hidden_size,
+        grid=(3, 3),
+        frame_token_id=fmt.frame_token_id,
     )
     params = make_params(config)
     lm = LanguageModel(config, params, tokenizer)

@@ -74,13 +74,14 @@ def _open_llama(path: Path, raw: dict[str, Any]) -> tuple[VideoLMConfig, Params]
     if any(name.startswith("connector.") for name in reader.names()):
         arrays["connector"] = hf.connector_arrays(reader)
     bf16 = str(arrays["llama"]["embed"]["embedding"].dtype) == "bfloat16"
+    h, w = (raw.get("frame_token_pooled") or (0, 0)) if "frame_token_cls" in raw else (3, 3)
     config = VideoLMConfig(
         llama=llama,
         policy=make_policy("full", llama.num_hidden_layers),
         frame_token_id=raw.get("v_placeholder_id", llama.vocab_size),
         vision_hidden_size=_feature_size(arrays) or raw.get("vision_hidden_size", FEATURE_SIZE),
         cls=raw.get("frame_token_cls", True),
-        grid=tuple(raw.get("frame_token_pooled") or (0, 0)) if "frame_token_cls" in raw else (3, 3),
+        grid=(h, w),
         interval=raw.get("frame_token_interval", ","),
         fps=raw.get("frame_fps", 2.0),
         param_dtype="bfloat16" if bf16 else "float32",
@@ -157,7 +158,7 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{folder}: no tokenizer can be made of its files ({reason}); give it a tokenizer.json") from None
+        raise UserError(f"{folder}: no tokenizer can be made of its files ({reason}); add a tokenizer.json") from None
 
 
 def _frame_token_id(folder: Path) -> int:

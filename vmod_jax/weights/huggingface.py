@@ -507,7 +507,7 @@ def _vision_prefix(reader: TensorReader) -> str | None:
 def vision_arrays(reader: TensorReader, config: VisionConfig, dtype: Any = None) -> Params:
     """A SigLIP or CLIP vision tower, alone or inside a larger checkpoint, as `models.vision.parameter_shapes` has it.
 
-    LazyArrays in the stored dtype or in `dtype`. Raises UserError naming every missing, unexpected and misshapen tensor.
+    LazyArrays in the stored dtype or in `dtype`. Raises UserError naming what is missing, unexpected or misshapen.
     """
     d, p = config.hidden_size, config.patch_size
     prefix = _vision_prefix(reader)

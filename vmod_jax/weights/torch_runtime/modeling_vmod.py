@@ -1,3 +1,4 @@
+# type: ignore  # torch finds modules by name at run time, which a type checker cannot follow
 """VideoLLM-MoD (arXiv 2408.16730) in plain PyTorch, for inference: a Llama that watches a stream of frames.
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -43,7 +44,7 @@ def threefry(key, count):
     rotations = (13, 15, 26, 6), (17, 29, 16, 24)
     keys = [np.uint32(key[0]), np.uint32(key[1])]
     keys.append(keys[0] ^ keys[1] ^ np.uint32(0x1BD11BDA))
-    x, y = (np.atleast_1d(np.asarray(word, np.uint32)) + k for word, k in zip(count, keys))
+    x, y = (np.atleast_1d(np.asarray(word, np.uint32)) + k for word, k in zip(count, keys, strict=False))
     for i in range(5):
         for r in rotations[i % 2]:
             x = x + y
@@ -243,7 +244,8 @@ class VisionAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d, d) for _ in range(4))
 
     def forward(self, x):
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in projections)
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -331,10 +333,10 @@ def place_code(count):
 class VideoLM(PreTrainedModel):
     config_class = VideoLMConfig
     main_input_name = "input_ids"
-    _no_split_modules = ["Block", "VisionLayer"]
+    _no_split_modules = ["Block", "VisionLayer"]  # noqa: RUF012
     # Routers decide in float32, whatever the rest computes in.
-    _keep_in_fp32_modules = ["expert"]
-    _keep_in_fp32_modules_strict = ["expert"]
+    _keep_in_fp32_modules = ["expert"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["expert"]  # noqa: RUF012
 
     def __init__(self, config):
         super().__init__(config)
@@ -403,7 +405,7 @@ class VideoLM(PreTrainedModel):
         position = torch.arange(cache.tokens, cache.tokens + len(ids), device=self.device)
 
         positions = {}
-        for i, (layer, spec) in enumerate(zip(self.model.layers, c["policy"])):
+        for i, (layer, spec) in enumerate(zip(self.model.layers, c["policy"], strict=True)):
             if spec["selector"] is None and spec["keep"] == 1:
                 x = x + layer.update(x, position, cache.remember(i, position))
                 positions[n] = position
