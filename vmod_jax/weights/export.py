@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from vmod_jax.errors import UserError
 from vmod_jax.models.llama import LlamaConfig
@@ -44,7 +43,7 @@ def peft_folder(out: Path, config: VideoLMConfig, params: Any, base: str | None)
     if not config.lora.rank:
         raise UserError("the model has no LoRA pairs: nothing to write as an adapter; use --format llama or vmod")
     tensors = dict(peft.adapter_tensors(params["llama"], params["connector"]))
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    hf.write_file(out / "adapter_model.safetensors", tensors)
     write_json(out / "adapter_config.json", peft.adapter_config(config.lora, base, connector=True))
     return _left_out(config, [])
 

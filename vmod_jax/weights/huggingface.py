@@ -182,7 +182,7 @@ def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, np.ndarray]],
     total = 0
 
     def flush() -> None:
-        save_file(shard, folder / f"part-{len(parts)}.safetensors", metadata={"format": "pt"})
+        write_file(folder / f"part-{len(parts)}.safetensors", shard)
         parts.append(list(shard))
         shard.clear()
 
@@ -204,6 +204,14 @@ def write_tensors(folder: str | Path, tensors: Iterable[tuple[str, np.ndarray]],
         index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for i, name in enumerate(names):
         (folder / f"part-{i}.safetensors").replace(folder / name)
+
+
+def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """One safetensors file, with the permissions of any other file (safetensors would write it for its owner alone)."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 # ------------------------------------------------------------------------------------------- our tree <-> theirs

@@ -36,10 +36,14 @@ def place(tree: Tree, mesh: Mesh | None = None) -> Tree:
 
 def _place(leaf: LazyArray, where: Sharding) -> jax.Array:
     on_host = next(iter(where.device_set)).platform == "cpu"
-    if on_host or not leaf.stacked:
-        array = leaf.read()
-        return jax.make_array_from_callback(leaf.shape, where, lambda index: array[index])
-    # Layer by layer into a buffer that is updated in place: a stacked leaf may be larger than the host's memory.
+    if leaf.stacked and not on_host:
+        return _place_by_layers(leaf, where)
+    array = leaf.read()
+    return jax.make_array_from_callback(leaf.shape, where, lambda index: array[index])
+
+
+def _place_by_layers(leaf: LazyArray, where: Sharding) -> jax.Array:
+    """Into a buffer that is updated in place on its devices: a stacked leaf may be larger than the host's memory."""
     one_layer = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])) if isinstance(where, NamedSharding) else where
     stack = jnp.zeros(leaf.shape, leaf.dtype, device=where)
     for i, part in enumerate(leaf.parts):
