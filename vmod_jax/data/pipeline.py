@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,11 +227,12 @@ def decoded(path: Path, fps: float, image_size: int) -> np.ndarray:
 
     stat = path.stat()
     name = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {fps} {image_size}"
-    cached = cache_folder() / "frames" / f"{path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.npy"
+    cached = cache_folder() / "frames" / f"{path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.rgb"
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
-        part = cached.with_suffix(f".{os.getpid()}.part")
-        with part.open("wb") as file:
-            np.save(file, video.read(path, fps, image_size).frames, allow_pickle=False)
+        part = cached.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
+        video.read(path, fps, image_size).frames.tofile(part)
         part.replace(cached)
-    return np.load(cached, mmap_mode="r", allow_pickle=False)
+    # Bare pixels, whose shape the file's size tells: NumPy parses the header of a .npy file with `ast`, which Python 3.11
+    # cannot do in several threads at once (SystemError: recursion depth mismatch).
+    return np.memmap(cached, np.uint8, "r").reshape(-1, image_size, image_size, 3)

@@ -95,6 +95,23 @@ _take_rows.defvjp(
 )
 
 
+@jax.custom_vjp
+def add_rows(x: Array, rows: Array, index: Array, inverse: Array) -> Array:
+    """x with `rows[b, r]` added at `index[b, r]`; every other row as it is, to the bit.
+
+    x: [B, S, d]; rows: [B, R, d]; index, inverse: as for `take_rows`. -> [B, S, d]. Backwards it needs the indices only.
+    """
+    there = (inverse >= 0) & (inverse < rows.shape[1])
+    # A zero is not added to the others: it would turn -0.0 into 0.0.
+    return jnp.where(there[..., None], x + _gather(rows, inverse), x)
+
+
+add_rows.defvjp(
+    lambda x, rows, index, inverse: (add_rows(x, rows, index, inverse), index),
+    lambda index, g: (g, _gather(g, index), None, None),
+)
+
+
 def invert(index: Array, size: int) -> Array:
     """The inverse of unique indices: i32[B, R] into [0, size) -> i32[B, size]; R where nothing points to."""
     batch, count = index.shape

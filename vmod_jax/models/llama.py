@@ -19,7 +19,7 @@ from vmod_jax.models import kv_cache, layer_expert
 from vmod_jax.models.attention import NEVER, attend, causal_attention
 from vmod_jax.models.depth import LayerSpec, Policy, Segment, num_kept, segments
 from vmod_jax.models.kv_cache import Cache
-from vmod_jax.models.layout import Layout, Slots, compact, compaction_slots, take_rows
+from vmod_jax.models.layout import Layout, Slots, add_rows, compact, compaction_slots, take_rows
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -406,12 +406,11 @@ def _run_segment(rows: _Rows, segment: Segment, policy: Policy, x: Array, cache:
         params, layer, row, replay = xs
         decided = []
         for j, spec in enumerate(segment.unit):
-            one = jax.tree.map(lambda leaf, j=j: leaf[j], params)
             kind = kinds.index(num_kept(n, spec.keep))
             stack = None if stacks is None else stacks[kind]
             with jax.named_scope("routed_layer" if spec.routed else "layer"):
                 run = _routed_layer if spec.routed else _full_layer
-                x, stack, routed = run(rows, spec, one, x, layer[j], stack, row[j], replay[j])
+                x, stack, routed = run(rows, spec, j, params, x, layer[j], stack, row[j], replay[j])
             if stacks is not None:
                 stacks = (*stacks[:kind], stack, *stacks[kind + 1 :])
             decided.append(routed)
@@ -448,13 +447,20 @@ def _dropout_key(rows: _Rows, layer: Array):
     return None if rows.dropout_key is None else jax.random.fold_in(rows.dropout_key, layer)
 
 
-def _full_layer(rows: _Rows, spec: LayerSpec, params, x, layer, stack, row, replay):
+def _one(params, j: int):
+    """The parameters of layer j of a unit. Taken inside a checkpoint: it then saves the scan's own weights, no copies."""
+    return jax.tree.map(lambda leaf: leaf[j], params)
+
+
+def _full_layer(rows: _Rows, spec: LayerSpec, j: int, params, x, layer, stack, row, replay):
     """x + f(x) for every token."""
     layout = rows.layout
 
     def block(params, x):
         attention = _attention(stack, row, layout.position, layout.valid)
-        return block_update(params, x, layout.position, attention, rows.config, rows.lora, _dropout_key(rows, layer))
+        return block_update(
+            _one(params, j), x, layout.position, attention, rows.config, rows.lora, _dropout_key(rows, layer)
+        )
 
     if rows.remat == "full":
         block = jax.checkpoint(block, prevent_cse=False)  # a scan's body is not merged with another pass
@@ -462,11 +468,11 @@ def _full_layer(rows: _Rows, spec: LayerSpec, params, x, layer, stack, row, repl
     return x + update, stack, None
 
 
-def _routed_layer(rows: _Rows, spec: LayerSpec, params, x, layer, stack, row, replay):
+def _routed_layer(rows: _Rows, spec: LayerSpec, j: int, params, x, layer, stack, row, replay):
     """x + g f(x̂) for kept tokens, x + f(x̂) for text, and every other token as it is, to the bit."""
     layout, routing, n = rows.layout, rows.routing, rows.routing.n
     k = num_kept(n, spec.keep)
-    weight = params["expert"]["kernel"]
+    weight = params["expert"]["kernel"][j]
 
     # Which tokens: outside the checkpoint, so that the backward pass cannot choose others, and without a gradient,
     # which reaches the router through the gate alone.
@@ -480,6 +486,7 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, params, x, layer, stack, row, re
     valid = packed.index < x.shape[1]
 
     def block(params, x_kept):
+        params = _one(params, j)
         attention = _attention(stack, row, position, valid)
         # RoPE of empty slots: any finite angle will do.
         rope_position = jnp.where(valid, position, 0)
@@ -496,9 +503,7 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, params, x, layer, stack, row, re
         block = jax.checkpoint(block, prevent_cse=False)  # a scan's body is not merged with another pass
     # The checkpoint saves the compacted rows, not the whole sequence.
     update, stack = block(params, take_rows(x, packed.index, packed.inverse))
-    update = take_rows(update, packed.inverse, packed.index)
-    computed = packed.inverse < packed.index.shape[1]
-    return jnp.where(computed[..., None], x + update, x), stack, routed
+    return add_rows(x, update, packed.index, packed.inverse), stack, routed
 
 
 def _choose(spec: LayerSpec, x, weight, layout: Layout, routing: Routing, layer, k: int) -> Routed | None:

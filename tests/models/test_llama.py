@@ -1,0 +1,91 @@
+"""The decoder: what its checkpoints save, its RoPE scaling, its configuration."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vmod_jax.errors import UserError
+from vmod_jax.models.depth import make_policy
+from vmod_jax.models.llama import LlamaConfig, RopeScaling, rope_frequencies
+from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params
+
+CONFIG = VideoLMConfig(
+    llama=LlamaConfig(64, 64, 128, 8, 4, 2, 16),
+    policy=make_policy("full", 8),
+    frame_token_id=64,
+    vision_hidden_size=8,
+    remat="full",
+)
+
+
+def saved_between_layers(policy: str) -> int:
+    """Bytes of floats [.., T or T', d] that the scan over layers stacks for the backward pass."""
+    frames, n, text = 40, CONFIG.tokens_per_frame, 40
+    config = dataclasses.replace(CONFIG, policy=make_policy(policy, 8))
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    ids = jnp.concatenate([jnp.full((1, frames * n), 64), jnp.zeros((1, text), jnp.int32)], axis=1)
+    features = jnp.zeros((1, frames, n, 8))
+
+    def loss(params):
+        return VideoLM(config).apply({"params": params}, ids, features, method="hidden")[0].sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params)
+    forward = next(e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan")
+    stacked = [v.aval for v in forward.outvars[forward.params["num_carry"] :]]
+    width = CONFIG.llama.hidden_size
+    return sum(a.size * a.dtype.itemsize for a in stacked if a.dtype == jnp.float32 and a.shape[-1:] == (width,))
+
+
+def test_a_routed_layers_checkpoint_saves_its_compacted_input():
+    tokens, kept = 40 * 10 + 40, 40 * 2 + 40
+    ratio = saved_between_layers("interleaved") / saved_between_layers("full")
+    assert ratio == pytest.approx((tokens + kept) / (2 * tokens), rel=1e-3)
+
+
+def test_llama3_rope_scaling_equals_transformers():
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    scaling = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    config = dataclasses.replace(CONFIG.llama, head_dim=64, rope_theta=500000.0, rope_scaling=scaling)
+    hf = transformers.LlamaConfig(
+        hidden_size=256, num_attention_heads=4, head_dim=64, max_position_embeddings=131072,
+        rope_parameters={"rope_theta": 500000.0, **dataclasses.asdict(scaling)},
+    )  # fmt: skip
+    pytest.importorskip("torch")
+    expected, _ = rope_utils.ROPE_INIT_FUNCTIONS["llama3"](hf, "cpu")
+    np.testing.assert_allclose(rope_frequencies(config), expected.numpy(), rtol=1e-6)
+
+
+HF = {
+    "model_type": "llama", "vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def test_both_spellings_of_rope():
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    old = LlamaConfig.from_hf_config({**HF, "rope_theta": 5e5, "rope_scaling": scaling})
+    new = LlamaConfig.from_hf_config({**HF, "rope_parameters": {"rope_theta": 5e5, **scaling}})
+    assert old == new
+    assert new.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert LlamaConfig.from_hf_config(HF).rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen2"}, "qwen2"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"num_key_value_heads": 3}, "3 key/value heads"),
+    ],
+)
+def test_configs_that_are_not_computed(change, message):
+    with pytest.raises(UserError, match=message):
+        LlamaConfig.from_hf_config({**HF, **change})
+    with pytest.raises(UserError, match="lacks vocab_size"):
+        LlamaConfig.from_hf_config({name: value for name, value in HF.items() if name != "vocab_size"})
