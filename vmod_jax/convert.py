@@ -3,7 +3,6 @@
 Both write into a folder beside the destination and rename it at the end: what fails leaves nothing behind.
 """
 
-import argparse
 import dataclasses
 import json
 import re
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import ArgumentParser, UserError
 
 NOTHING = ""  # what `replacing` may replace
 FORMATS = ("llama", "peft", "vmod")
@@ -26,7 +25,7 @@ def import_main(argv: Sequence[str]) -> None:
     from vmod_jax.models.depth import POLICIES
     from vmod_jax.models.layer_expert import GATES
 
-    parser = argparse.ArgumentParser("vmod import", description="Hugging Face or PEFT weights -> a workdir.")
+    parser = ArgumentParser("vmod import", description="Hugging Face or PEFT weights -> a workdir.")
     parser.add_argument("source", metavar="SRC", help="folder of a Llama or Mistral (config.json and safetensors)")
     parser.add_argument("--out", required=True, metavar="DIR", help="workdir to make; must not exist")
     parser.add_argument("--vision", metavar="FOLDER", help="SigLIP or CLIP: its vision tower comes along")
@@ -51,7 +50,7 @@ def import_main(argv: Sequence[str]) -> None:
 
 def export_main(argv: Sequence[str]) -> None:
     """`vmod export --workdir DIR --out DST`"""
-    parser = argparse.ArgumentParser("vmod export", description="A workdir -> Hugging Face, PEFT or PyTorch.")
+    parser = ArgumentParser("vmod export", description="A workdir -> Hugging Face, PEFT or PyTorch.")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run's, or an imported folder")
     parser.add_argument("--out", required=True, metavar="DST", help="folder to make; must not exist")
     parser.add_argument("--format", choices=FORMATS, default="llama", help=_FORMATS_HELP)
@@ -154,13 +153,14 @@ def export_folder(
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     check_absent(out)
     config = workdir.read_model(folder)
-    record = _json(folder / IMPORTED)
+    origin = _origin(folder)
+    record = _json(origin / IMPORTED)
     training = workdir.read_config(folder) or {}
     if form == "peft" and (training.get("optimizer") or {}).get("train_base"):
         raise UserError(f"{folder}: the base weights were trained too, an adapter would lose that; use --format llama")
     params = load_params(folder, step=step)
     tokenizer = workdir.tokenizer_folder(folder)
-    generation = _json(folder / "generation_config.json") or _token_ids(tokenizer)
+    generation = _json(origin / "generation_config.json") or _token_ids(tokenizer)
     name = shlex.quote(str(out))
     with replacing(out, NOTHING) as target:
         if form == "llama":
@@ -202,6 +202,18 @@ def _source(path: str | Path) -> Path:
 
         raise UserError(refuse_pickles(path.parent, path.name))
     raise UserError(f"{path} is a file: give the folder that has config.json and the safetensors files")
+
+
+def _origin(folder: Path) -> Path:
+    """The imported folder that a run started from, at whatever remove; the folder itself where there is none."""
+    from vmod_jax import workdir
+
+    seen = [folder]
+    while source := (workdir.read_config(seen[-1]) or {}).get("init_from"):
+        if not (before := Path(source).expanduser()).is_dir() or before in seen:
+            break
+        seen.append(before)
+    return seen[-1]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def vmod_folder(out: Path, config: VideoLMConfig, params: Any, generation: dict[
         "auto_map": code | {"AutoModelForCausalLM": code["AutoModel"]},
         **_dtype(llama),
         **{name: generation[name] for name in ("bos_token_id", "eos_token_id") if name in generation},
+        "tie_word_embeddings": False,  # Hugging Face's: the model ties its head itself
         "video_lm": video_lm,
     }
     write_json(out / "config.json", written)

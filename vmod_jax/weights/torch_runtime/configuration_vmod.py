@@ -18,7 +18,8 @@ class VideoLMConfig(PretrainedConfig):
 
     def __init__(self, video_lm=None, **kwargs):
         self.video_lm = video_lm or {}
-        super().__init__(**kwargs)
+        # The model ties its head itself; transformers 4 would do it unasked.
+        super().__init__(**{**kwargs, "tie_word_embeddings": False})
 
     @property
     def tokens_per_frame(self):
