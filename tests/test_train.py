@@ -21,21 +21,14 @@ TINY = f"--config={Path(__file__).resolve().parents[1] / 'configs' / 'tiny.py'}"
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    """8 steps over 9 generated streams."""
-    config, _ = parse([TINY, "--workdir=x"])
-    config.steps, config.checkpoint_every = 8, 3
-    config.data.root = str(tmp_path_factory.mktemp("data") / "shapes")
-    config.data.train_videos, config.data.val_videos, config.data.test_videos = 9, 1, 1
-    config.data.max_frames = 16
-    return config
+def config(tiny_config):
+    return tiny_config
 
 
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
-    """A run without interruptions."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    return folder, train(config, folder)
+def whole(tiny_run):
+    """A run without interruptions, and its summary."""
+    return tiny_run
 
 
 def _losses(folder):

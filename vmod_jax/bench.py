@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import ArgumentParser, UserError
 
 
 class Benchmark(NamedTuple):
@@ -162,7 +162,7 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`vmod bench NAME [--json F] [--quick]` and the benchmark's own options. Raises UserError."""
-    parser = argparse.ArgumentParser("vmod bench", description="Runs a benchmark and prints its table.")
+    parser = ArgumentParser("vmod bench", description="Runs a benchmark and prints its table.")
     benchmarks = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, benchmark in BENCHMARKS.items():
         options = benchmarks.add_parser(name, help=benchmark.about, description=benchmark.about)

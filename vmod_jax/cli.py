@@ -57,11 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = COMMANDS[name]
         module = importlib.import_module(f"vmod_jax.{command.module}")
         return getattr(module, command.function)(rest) or 0
+    except SystemExit as end:  # argparse has shown its --help
+        return int(end.code or 0)
     except UserError as error:
         print(f"vmod {name}: {error}".replace("\n", " "), file=sys.stderr)
         return 2
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        print(f"vmod {name}: {error.filename}: {error.strerror}", file=sys.stderr)
+    except (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else f"{error}"
+        print(f"vmod {name}: {reason}".replace("\n", " "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"vmod {name}: interrupted", file=sys.stderr)

@@ -4,7 +4,6 @@ Make videos -> train the method and the full-compute baseline for the same steps
 stream an unseen video -> report.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 
 from vmod_jax.data.pipeline import make_buckets, open_streams
+from vmod_jax.errors import ArgumentParser
 from vmod_jax.evaluate import evaluate, print_scores
 from vmod_jax.lm import LanguageModel, load
 from vmod_jax.models.flops import kept_counts, linear_flops
@@ -163,7 +163,7 @@ def routing(lm: LanguageModel, streamed: Streamed) -> dict[int, np.ndarray]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("vmod demo", description=__doc__)
+    parser = ArgumentParser("vmod demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes (runs/demo)")
     parser.add_argument("--steps", type=int, help="training steps of each policy")
     parser.add_argument("--seed", type=int, default=0)

@@ -4,7 +4,6 @@ The default benchmark, `narration`, is the paper's streaming evaluation (section
 split, does the model speak at the right frame, and does it say the right thing?
 """
 
-import argparse
 import functools
 import json
 import sys
@@ -23,7 +22,7 @@ from vmod_jax import workdir as folder
 from vmod_jax.data.batch import Bucket
 from vmod_jax.data.conversation import IGNORE, Encoded, encode
 from vmod_jax.data.pipeline import Streams, open_streams
-from vmod_jax.errors import UserError
+from vmod_jax.errors import ArgumentParser, UserError
 from vmod_jax.evaluation import stream_metrics
 from vmod_jax.evaluation.stream_metrics import SampleMetrics, TokenStats
 from vmod_jax.lm import LanguageModel, load
@@ -205,6 +204,7 @@ def evaluate(
     if benchmark not in BENCHMARKS:
         raise UserError(f"unknown benchmark '{benchmark}': use one of {', '.join(BENCHMARKS)}")
     workdir = Path(workdir).expanduser()
+    folder.read_model(workdir)  # is it a workdir at all?
     if config is None:
         stored = folder.read_config(workdir)
         if stored is None:
@@ -232,7 +232,7 @@ def evaluate(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("vmod evaluate", description=__doc__)
+    parser = ArgumentParser("vmod evaluate", description=__doc__)
     parser.add_argument("--workdir", required=True, help="a trained or imported model")
     parser.add_argument("--config", help="a file of configs/ whose data to score on (default: the workdir's own)")
     parser.add_argument("--benchmark", default="narration", help=f"one of {', '.join(BENCHMARKS)}")

@@ -1,6 +1,5 @@
 """`vmod stream VIDEO`: watch a video file as if it were live, and print what the model says when it says it."""
 
-import argparse
 import json
 import sys
 import time
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from vmod_jax.data import video
 from vmod_jax.data.conversation import NARRATION_INSTRUCTION
-from vmod_jax.errors import UserError
+from vmod_jax.errors import ArgumentParser, UserError
 from vmod_jax.lm import LanguageModel, load
 from vmod_jax.streaming.session import Turn
 
@@ -118,7 +117,7 @@ def question(text: str) -> tuple[float, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("vmod stream", description=__doc__)
+    parser = ArgumentParser("vmod stream", description=__doc__)
     parser.add_argument("video")
     parser.add_argument("--workdir", required=True, help="a trained or imported model")
     parser.add_argument("--ask", action="append", default=[], metavar="TIME:TEXT", help="ask at TIME seconds")
@@ -134,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.max_frames < 1 or args.prefill < 1 or args.max_reply < 1:
         raise UserError("--max-frames, --prefill and --max-reply must be at least 1")
     video.probe(args.video)  # a wrong file is found before the model is loaded
+    if args.jsonl and not Path(args.jsonl).absolute().parent.is_dir():
+        raise UserError(f"--jsonl {args.jsonl}: no folder {Path(args.jsonl).parent}; make it first")
     lm = load(args.workdir)
     out = open(args.jsonl, "w") if args.jsonl else None  # noqa: SIM115
 

@@ -37,9 +37,12 @@ def read_model(workdir: str | Path) -> VideoLMConfig:
 
 
 def read_config(workdir: str | Path) -> dict[str, Any] | None:
-    """Its config.json; None for an imported folder."""
+    """Its config.json; None for an imported folder. Raises UserError when it cannot be read."""
     path = Path(workdir) / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): say what to do with --config") from error
 
 
 def tokenizer_folder(workdir: str | Path) -> Path | None:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from vmod_jax.data.pipeline import Videos
-from vmod_jax.errors import UserError
+from vmod_jax.errors import ArgumentParser, UserError
 
 SPLITS = ("train", "val", "test")
 
@@ -44,13 +43,7 @@ def prepare_narration(args: argparse.Namespace) -> None:
     if not by_split:
         raise UserError(f"{root}: no narrated stream was found; are the videos named like the keys of narrations.json?")
     names = {sample.video for samples in by_split.values() for sample in samples}
-    with tqdm(total=len(names), desc="preparing", unit="video") as bar:
-
-        def frames_of(name: str) -> np.ndarray:
-            bar.update()
-            return encode(videos.frames(name))
-
-        storage.prepare(by_split, frames_of, args.fps, Path(args.out), meta)
+    storage.prepare(by_split, lambda name: encode(videos.frames(name)), args.fps, Path(args.out), meta)
     counts = ", ".join(f"{len(samples)} {split}" for split, samples in by_split.items())
     print(f"wrote {args.out}: {counts} streams of {len(names)} videos")
     print(f"next: vmod train --config ... --config.data.name=prepared --config.data.path={args.out}")
@@ -82,7 +75,7 @@ def encoder(folder: str, grid: tuple[int, int], cls: bool, group: int = 16):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("vmod data", description=__doc__)
+    parser = ArgumentParser("vmod data", description=__doc__)
     kinds = parser.add_subparsers(dest="name", required=True)
     shapes = kinds.add_parser("shapes", help=make_shapes.__doc__)
     shapes.add_argument("--out", required=True, type=Path)

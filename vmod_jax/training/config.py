@@ -105,6 +105,9 @@ def complete(config: Config) -> Config:
             section[name] = tuple(value) if isinstance(value, list) else value
         except TypeError as error:
             raise UserError(f"config.{'.'.join(path)}={value!r} is not a {type(section[name]).__name__}") from error
+    for name in ("steps", "batch_size", "checkpoint_every", "keep_checkpoints", "log_every"):
+        if out[name] < 1:
+            raise UserError(f"config.{name}={out[name]}: give at least 1")
     return out
 
 

@@ -182,7 +182,10 @@ def generate(
     {"train": [NAME, ...], ...}; boxes.json {NAME: `boxes`}; world.json the parameters. Video i of a split depends on
     the seed and its own number only, so a larger set holds the smaller one.
     Returns {"videos", "narrations", "sentences" (distinct), "seconds" (of video)}.
+    Raises UserError for numbers that make no sense.
     """
+    if min(train, val, test) < 0 or train + val + test == 0:
+        raise UserError(f"{train} train, {val} val, {test} test videos: give numbers of at least 0, not all 0")
     world = world or World()
     splits = {
         split: [f"{split}-{index:04d}" for index in range(count)]
