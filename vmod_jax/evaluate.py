@@ -211,7 +211,7 @@ def evaluate(
             raise UserError(f"{workdir} has no config.json (it was imported): say what to score on with --config")
         config = ConfigDict(stored)
     config = configuration.complete(config)
-    split = split or config.data.eval_split
+    split = str(split or config.data.eval_split)
     began = time.perf_counter()
     lm = load(workdir, step=step)
     scored = BENCHMARKS[benchmark](lm, config, split, threshold)

@@ -233,6 +233,6 @@ def decoded(path: Path, fps: float, image_size: int) -> np.ndarray:
         part = cached.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
         video.read(path, fps, image_size).frames.tofile(part)
         part.replace(cached)
-    # Bare pixels, whose shape the file's size tells: NumPy parses the header of a .npy file with `ast`, which Python 3.11
-    # cannot do in several threads at once (SystemError: recursion depth mismatch).
+    # Bare pixels, whose shape the file's size tells: NumPy parses the header of a .npy file with `ast`, which Python
+    # 3.11 cannot do in several threads at once (SystemError: recursion depth mismatch).
     return np.memmap(cached, np.uint8, "r").reshape(-1, image_size, image_size, 3)

@@ -99,7 +99,7 @@ _take_rows.defvjp(
 def add_rows(x: Array, rows: Array, index: Array, inverse: Array) -> Array:
     """x with `rows[b, r]` added at `index[b, r]`; every other row as it is, to the bit.
 
-    x: [B, S, d]; rows: [B, R, d]; index, inverse: as for `take_rows`. -> [B, S, d]. Backwards it needs the indices only.
+    x: [B, S, d]; rows: [B, R, d]; index, inverse: as for `take_rows`. -> [B, S, d]. Its gradient needs the index only.
     """
     there = (inverse >= 0) & (inverse < rows.shape[1])
     # A zero is not added to the others: it would turn -0.0 into 0.0.

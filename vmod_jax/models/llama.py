@@ -448,7 +448,7 @@ def _dropout_key(rows: _Rows, layer: Array):
 
 
 def _one(params, j: int):
-    """The parameters of layer j of a unit. Taken inside a checkpoint: it then saves the scan's own weights, no copies."""
+    """The parameters of layer j of a unit. Taken inside a checkpoint, which then saves the scan's own, no copies."""
     return jax.tree.map(lambda leaf: leaf[j], params)
 
 
