@@ -160,7 +160,7 @@ def test_stream_without_a_word_of_its_own(workdir, unseen, tmp_path):
 
 
 def test_a_stream_that_reaches_its_end_says_so(workdir, unseen, tmp_path, capsys):
-    options = ["--max-frames", "5", "--max-reply", "6", "--jsonl", str(tmp_path / "a")]
+    options = ["--max-frames", "5", "--instruction", "", "--threshold", "0", "--jsonl", str(tmp_path / "a")]
     assert cli.main(["stream", str(unseen[0]), "--workdir", str(workdir), *options]) == 0
     assert read_lines(tmp_path / "a")[-1]["frames"] == 5
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "max_frames" in line]

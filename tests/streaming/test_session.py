@@ -475,7 +475,8 @@ def test_a_reply_never_shows_a_frame(formats):
     """A vocabulary padded beyond the tokenizer has a row for the frame token; it is never said."""
     fmt = formats("characters", tokens=4)
     config = make_config(fmt)
-    config = dataclasses.replace(config, llama=dataclasses.replace(config.llama, vocab_size=fmt.frame_token_id + 8))
+    llama = dataclasses.replace(config.llama, vocab_size=fmt.frame_token_id + 8, num_hidden_layers=1)
+    config = dataclasses.replace(config, llama=llama, policy=make_policy("full", 1))
     params = jax.jit(partial(init_params, config))(jax.random.key(0))
     params["llama"]["head"]["kernel"] = params["llama"]["head"]["kernel"].at[:, fmt.frame_token_id].mul(100.0)
     engine = Engine(Programs(config), params, max_frames=8)
