@@ -133,7 +133,8 @@ def test_stream(workdir, unseen, tmp_path, capsys):
     for turn, reply in pairwise(turns):
         if turn["role"] == "user":
             assert (reply["role"], reply["time"]) == ("assistant", turn["time"])
-    assert summary.keys() == {"frames", "fps", "first_reply_seconds", "cache_bytes"}
+    assert summary["summary"].keys() == {"frames", "fps", "first_reply_seconds", "cache_bytes"}
+    assert summary == {"summary": summary["summary"], **summary["summary"]}
     assert summary["frames"] == frames
     assert summary["fps"] > 0
     assert 0 < summary["first_reply_seconds"] < frames / summary["fps"]

@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             note=lambda line: tqdm.write(line, file=sys.stderr), progress=sys.stderr.isatty(),
         )  # fmt: skip
         if out:
-            out.write(json.dumps(streamed.summary) + "\n")
+            out.write(json.dumps({"summary": streamed.summary, **streamed.summary}) + "\n")
     finally:
         if out:
             out.close()
