@@ -229,7 +229,7 @@ def test_the_tree_is_the_declared_one():
 
 
 def test_pixels_must_fit():
-    config = VisionConfig("patches", 32, 4, 50)
+    config = VisionConfig("patches", 32, 4, 56)
     with pytest.raises(AssertionError):
         frame_tokens({}, jnp.zeros((1, 32, 32, 3), jnp.float32), config, True, (2, 2))
     with pytest.raises(AssertionError):
@@ -246,7 +246,7 @@ def test_pixels_must_fit():
     ],
 )
 def test_impossible_grids(cls, grid, message):
-    config = VisionConfig("patches", 32, 4, 50)
+    config = VisionConfig("patches", 32, 4, 56)
     with pytest.raises(UserError, match=message):
         frame_tokens({}, jnp.zeros((1, 32, 32, 3), jnp.uint8), config, cls, grid)
 
@@ -281,14 +281,18 @@ def test_overlapping_windows_by_hand():
 # ------------------------------------------------------------------------------------------------------- patches
 
 
+# sin, cos of a quarter turn and of a half turn each way: what `patches` says of the first, middle and last of 3 cells.
+AXIS = ((-1, 0, 0, -1), (0, 1, 0, 1), (1, 0, 0, -1))
+
+
 def test_patches_are_shrunk_cells_row_major():
-    """Cells of 8x8 pixels shrink to 2x2: each value is the mean of 4x4 pixels, in [-1, 1]; then come row and column."""
-    config = VisionConfig("patches", 24, 2, 14)
+    """Cells of 8x8 pixels shrink to 2x2: each value is the mean of 4x4 pixels, in [-1, 1]; then comes a code of the place."""
+    config = VisionConfig("patches", 24, 2, 20)
     pixels = random_frames(config, 1)
     got = np.asarray(VisionTower(config, cls=True, grid=(3, 3)).apply({}, pixels))[0]
     scaled = pixels[0].astype(np.float64) / 127.5 - 1
     cells = [
-        [*scaled[r : r + 8, c : c + 8].reshape(2, 4, 2, 4, 3).mean((1, 3)).ravel(), r / 8 - 1, c / 8 - 1]
+        [*scaled[r : r + 8, c : c + 8].reshape(2, 4, 2, 4, 3).mean((1, 3)).ravel(), *AXIS[r // 8], *AXIS[c // 8]]
         for r in (0, 8, 16)
         for c in (0, 8, 16)
     ]
@@ -297,20 +301,27 @@ def test_patches_are_shrunk_cells_row_major():
 
 
 def test_patches_at_full_resolution_are_the_pixels():
-    config = VisionConfig("patches", 8, 4, 50)
+    config = VisionConfig("patches", 8, 4, 56)
     pixels = random_frames(config, 2)
     got = np.asarray(VisionTower(config, cls=False, grid=(2, 2)).apply({}, pixels))
-    np.testing.assert_allclose(got[1, 1], [*(pixels[1, :4, 4:].ravel() / 127.5 - 1), -1, 1], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        got[1, 1], [*(pixels[1, :4, 4:].ravel() / 127.5 - 1), *AXIS[0], *AXIS[2]], rtol=0, atol=1e-6
+    )
 
 
 def test_patches_of_a_cls_only_frame():
     """The whole image is the one cell; there is nothing to initialise."""
-    config = VisionConfig("patches", 12, 4, 50)
+    config = VisionConfig("patches", 12, 4, 56)
     tower = VisionTower(config, cls=True, grid=(0, 0))
     pixels = random_frames(config, 2)
     assert not jax.tree.leaves(tower.init(jax.random.key(0), pixels))
     want = (pixels.astype(np.float64) / 127.5 - 1).reshape(2, 4, 3, 4, 3, 3).mean((2, 4)).reshape(2, 1, 48)
-    np.testing.assert_allclose(tower.apply({}, pixels), np.pad(want, ((0, 0), (0, 0), (0, 2))), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        tower.apply({}, pixels),
+        np.concatenate([want, np.broadcast_to([*AXIS[1], *AXIS[1]], (2, 1, 8))], axis=-1),
+        rtol=0,
+        atol=1e-6,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- configs
@@ -362,7 +373,7 @@ def test_configs_that_do_not_run(change, message):
 
 
 def test_configs_of_our_own_that_do_not_run():
-    with pytest.raises(UserError, match="hidden_size 48"):
+    with pytest.raises(UserError, match="hidden_size 56"):
         VisionConfig("patches", 32, 4, 47)
     with pytest.raises(UserError, match="unknown encoder 'vit'"):
         VisionConfig.from_dict({"kind": "vit", "image_size": 32, "patch_size": 4, "hidden_size": 48})
