@@ -183,3 +183,28 @@ def test_main_takes_its_arguments(whole, config, tmp_path, capsys):
     changes += [f"--config.data.{name}={config.data[name]}" for name in ("test_videos", "max_frames")]
     assert main([TINY, f"--workdir={whole[0]}", *changes]) == 0
     assert "going on from step 8 of 8" in capsys.readouterr().out
+
+
+def test_experts_that_were_never_trained_start_at_the_scale_of_this_runs_gate(tmp_path, capsys):
+    from tiny_models import make_config, make_params
+
+    from vmod_jax.lm import LanguageModel
+    from vmod_jax.train import _starting_params
+    from vmod_jax.training.config import defaults
+    from vmod_jax.training.sharding import make_mesh
+
+    there, here = make_config("full", "raw"), make_config("interleaved", "tanh")
+    params = make_params(there)
+    (tmp_path / "tokenizer").mkdir()
+    workdir.write(tmp_path, there, None)
+    save_params(tmp_path, params)
+    assert LanguageModel(there, params).config == workdir.read_model(tmp_path)
+    mesh = make_mesh(defaults().mesh, 8, 8, 2)
+    got = flatten(_starting_params(tmp_path, here, mesh))
+    for path, x in flatten(params).items():
+        if path == "llama/layers/expert/kernel":
+            factor = np.array([1, 0.02, 1, 0.02])[:, None]  # interleaved: layers 1 and 3 are routed
+            np.testing.assert_allclose(got[path], x * factor, rtol=1e-5)
+        else:
+            np.testing.assert_array_equal(got[path], x)
+    assert "layers 1, 3" in capsys.readouterr().out

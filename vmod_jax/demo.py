@@ -30,7 +30,7 @@ from vmod_jax.training.config import defaults
 from vmod_jax.training.metrics import read_metrics
 
 POLICIES = ("interleaved", "full")
-BASE_STEPS = 1400  # of the base model, full compute
+BASE_STEPS = 1600  # of the base model, full compute
 METRICS = ("lm_ppl", "time_diff", "fluency", "fluency_strict", "lm_correctness")
 
 
@@ -112,9 +112,9 @@ def demo(out: Path, config: Any, base_steps: int = BASE_STEPS) -> dict[str, Any]
 def demo_config() -> Any:
     """4 layers, d = 96, all of it trained; 512 videos of 8 to 12 seconds."""
     config: Any = defaults()
-    config.steps = 1000
+    config.steps = 600
     config.batch_size = 4
-    config.checkpoint_every = 500
+    config.checkpoint_every = 300
     config.keep_checkpoints = 1
     config.log_every = 10
     config.gate = "tanh"

@@ -31,6 +31,7 @@ from vmod_jax.training.config import Config
 from vmod_jax.training.metrics import MetricsLog, mfu
 from vmod_jax.training.optimizer import flatten, make_optimizer, merge, split, to_f32, trained_groups, unflatten
 from vmod_jax.training.sharding import local_rows, make_mesh, placements, put_batch
+from vmod_jax.weights.experts import adapt, trained_layers
 
 Tree = Any
 
@@ -274,7 +275,7 @@ def new_state(
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
     frozen_shapes, shapes = abstract_state(model_config, groups, optimizer, mesh)
     wanted = flatten(merge(shapes.trained, frozen_shapes))
-    stored = flatten(load_params(config.init_from, mesh)) if config.init_from else {}
+    stored = flatten(_starting_params(Path(config.init_from), model_config, mesh)) if config.init_from else {}
     for path, x in stored.items():
         if path not in wanted or x.shape != wanted[path].shape:
             need = wanted[path].shape if path in wanted else "absent"
@@ -295,6 +296,15 @@ def new_state(
     optimizer_state = jax.jit(optimizer.init, out_shardings=where)(trained)
     rng = jax.device_put(jax.random.key_data(dropout_key), shapes.rng.sharding)
     return State(trained, optimizer_state, rng), frozen
+
+
+def _starting_params(source: Path, model_config: VideoLMConfig, mesh: Mesh) -> Tree:
+    """The parameters of init_from; LayerExperts that it never trained are put at the scale of this run's gate."""
+    given = folder.read_model(source)
+    params, line = adapt(load_params(source, mesh), given, model_config, trained_layers(given, source))
+    if line and jax.process_index() == 0:
+        print(f"init_from: {line}")
+    return params
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ AXIS = ((-1, 0, 0, -1), (0, 1, 0, 1), (1, 0, 0, -1))
 
 
 def test_patches_are_shrunk_cells_row_major():
-    """Cells of 8x8 pixels shrink to 2x2: each value is the mean of 4x4 pixels, in [-1, 1]; then comes a code of the place."""
+    """Cells of 8x8 pixels shrink to 2x2: each value is the mean of 4x4 pixels; a code of the place follows."""
     config = VisionConfig("patches", 24, 2, 20)
     pixels = random_frames(config, 1)
     got = np.asarray(VisionTower(config, cls=True, grid=(3, 3)).apply({}, pixels))[0]
