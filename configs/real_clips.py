@@ -16,9 +16,9 @@ from vmod_jax.training.config import Config, defaults
 def get_config() -> Config:
     data = Path(os.environ.get("VMOD_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
     config = defaults()
-    config.steps = 300
+    config.steps = 100
     config.batch_size = 2
-    config.checkpoint_every = 300
+    config.checkpoint_every = 100
     config.log_every = 10
     config.gate = "tanh"
 
