@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from tiny_models import POLICIES, margin
 
-from vmod_jax.models.depth import LayerSpec, explicit_policy, make_policy, num_kept
 from vmod_jax.models.llama import LlamaConfig, LoraConfig, RopeScaling
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params, make_cache
 
@@ -22,16 +22,6 @@ pytestmark = pytest.mark.one_function
 
 LAYERS, WIDTH, VOCAB, D_V, MARGIN = 4, 32, 60, 12, 1e-4
 LLAMA = LlamaConfig(VOCAB, WIDTH, 48, LAYERS, 4, 2, 8, 500000.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 64))
-POLICIES = {
-    name: make_policy(name, LAYERS, keep=0.3)
-    for name in ("full", "early_exit", "layer_skip", "interleaved", "interleaved_deep", "all")
-} | {
-    "all_deep": make_policy("all_deep", LAYERS, keep=0.3),
-    "random": make_policy("random", LAYERS, keep=0.3),
-    "uniform": make_policy("uniform", LAYERS, keep=0.3),
-    "explicit": explicit_policy(LAYERS, [0, 3], [0.5, 0.1]),
-    "two_ratios": (LayerSpec(0.5, "learned"), LayerSpec(0.2, "learned"), LayerSpec(1.0, "learned"), LayerSpec(0.0)),
-}
 GATES = ("raw", "tanh", "sigmoid")
 CASES = [*itertools.product(POLICIES, ["raw"]), ("interleaved", "tanh"), ("interleaved", "sigmoid"), ("all", "tanh")]
 
@@ -82,17 +72,6 @@ def whole(config, params, ids, features):
     out = forward(config)({"params": params}, padded, frames, np.array([len(ids)], np.int32))
     routing = {layer: jax.tree.map(lambda x: np.asarray(x[0, : len(features)]), r) for layer, r in out.routing.items()}
     return np.asarray(out.logits[0, : len(ids)]), routing
-
-
-def margin(config, routing):
-    """The smallest gap between the last kept and the first skipped score of any frame and learned layer."""
-    gaps = [np.inf]
-    for layer, routed in routing.items():
-        k = num_kept(config.tokens_per_frame, config.policy[layer].keep)
-        if config.policy[layer].selector == "learned" and 0 < k < config.tokens_per_frame:
-            scores = -np.sort(-np.asarray(routed.scores), axis=-1)
-            gaps.append((scores[:, k - 1] - scores[:, k]).min())
-    return min(gaps)
 
 
 def draw(config, params, seed, frames=5):

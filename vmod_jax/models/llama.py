@@ -81,7 +81,6 @@ class LlamaConfig:
             raise UserError(f"hidden_act '{hf['hidden_act']}' is not supported: Llama's is silu")
         rope = hf.get("rope_parameters") or {}
         heads = hf["num_attention_heads"]
-        default_theta = 10000.0
         return cls(
             vocab_size=hf["vocab_size"],
             hidden_size=hf["hidden_size"],
@@ -90,7 +89,7 @@ class LlamaConfig:
             num_attention_heads=heads,
             num_key_value_heads=hf.get("num_key_value_heads") or heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or default_theta),
+            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
             rope_scaling=_rope_scaling(rope or hf.get("rope_scaling") or {}),
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
