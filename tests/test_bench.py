@@ -86,3 +86,18 @@ def test_a_row_has_every_key_and_its_ratio():
     assert entry["remat"] == "full"
     assert entry["spread"] == 0.01
     assert entry["formula_ratio"] is None
+
+
+def test_times_are_taken_in_turn_and_paired_by_round():
+    calls = []
+    times = bench.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warm_up=2)
+    assert "".join(calls) == "aabb" + "ab" + "ba" + "ab"
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
+    # A machine that slows down threefold moves times, not their ratio.
+    paired = bench.pair([1.0, 2.2, 2.7], [2.0, 4.0, 6.0])
+    assert (paired["candidate"], paired["baseline"]) == (1.0, 2.0)
+    assert paired["spread"] == pytest.approx(0.525 - 0.475)
+
+
+def test_rounds_end_with_their_time_at_an_odd_number():
+    assert len(bench.interleave({"a": lambda: None}, rounds=9, seconds=0)["a"]) == 1

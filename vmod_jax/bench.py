@@ -4,24 +4,36 @@ The object: {machine, versions, rows: [row(...)], ...}. `ratio` is candidate / b
 beside `formula_ratio`, what the closed form of `models/flops.py` lets one hope for.
 """
 
-import argparse
+import importlib
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vmod_jax.errors import ArgumentParser, UserError
+from vmod_jax.errors import ArgumentParser
 
 
 class Benchmark(NamedTuple):
-    """One entry of `BENCHMARKS`; `run` returns at least {"rows": [...]}, and whatever else belongs in the object."""
+    """A module of `vmod_jax`, imported only when it is called: `add_arguments(parser)` and `run(args)`.
 
+    `run` prints its table and returns at least {"rows": [...]}, and whatever else belongs in the object.
+    """
+
+    module: str
     about: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], dict[str, Any]]
+
+
+BENCHMARKS = {
+    "flops": Benchmark("benchmarks.flops", "the paper's FLOPs column for any model and policy"),
+}
+
+
+# --- where and with what ----------------------------------------------------------------------------------------------
 
 
 def describe_machine() -> dict[str, Any]:
@@ -30,12 +42,17 @@ def describe_machine() -> dict[str, Any]:
 
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "devices": [device.device_kind for device in jax.devices()],
         "python": platform.python_version(),
     }
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str:
@@ -50,12 +67,54 @@ def _cpu_name() -> str:
 def describe_versions() -> dict[str, str]:
     """Versions of this package and of what its numbers depend on, as far as they are installed."""
     versions = {}
-    for name in ("vmod_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "torch"):
+    for name in ("vmod_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "peft", "torch", "av"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1, seconds: float = float("inf")
+) -> dict[str, list[float]]:
+    """Times functions in turn, one call of each a round, in alternating order: {name: seconds of each round}.
+
+    The functions must have done all their work when they return (`jax.block_until_ready`). Only calls next to each
+    other are comparable where clocks and neighbours change: compare them by `pair`. Rounds stop early, at an odd
+    number, once `seconds` have gone by; `warm_up` calls of each come before and are not counted.
+    """
+    for run in contenders.values():
+        for _ in range(warm_up):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    began = time.perf_counter()
+    for turn in range(rounds):
+        if turn % 2 and time.perf_counter() - began > seconds:
+            break
+        for name in list(contenders)[:: -1 if turn % 2 else 1]:
+            start = time.perf_counter()
+            contenders[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def pair(candidate: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
+    """{candidate, baseline, spread} of interleaved times: the round with the median ratio, and how ratios vary.
+
+    spread: the distance between the quartiles of the rounds' ratios (0 for one round).
+    """
+    by_ratio = sorted(zip(candidate, baseline, strict=True), key=lambda both: both[0] / both[1])
+    ratios = [a / b for a, b in by_ratio]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (0.0, 0.0, 0.0)
+    middle = by_ratio[(len(by_ratio) - 1) // 2]
+    return {"candidate": middle[0], "baseline": middle[1], "spread": high - low}
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
 
 
 def row(name: str, kind: str, candidate: float, baseline: float, **more: Any) -> dict[str, Any]:
@@ -69,87 +128,18 @@ def row(name: str, kind: str, candidate: float, baseline: float, **more: Any) ->
     return measured | dict.fromkeys(keys) | more
 
 
-# --- flops: the paper's FLOPs column ----------------------------------------------------------------------------------
-
-
-def _flops_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hf-config", type=Path, metavar="C", help="a Llama's config.json or its folder (Llama-3-8B)")
-    parser.add_argument("--frames", type=int, default=600, help="frames of the stream (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=10, help="tokens a frame, CLS included (%(default)s)")
-    parser.add_argument("--text", type=int, default=146, help="text tokens (%(default)s)")
-    parser.add_argument("--lora", type=int, default=128, help="LoRA rank, 0 for none (%(default)s)")
-    parser.add_argument("--keep", type=float, default=0.2, help="share of tokens that routed layers keep (%(default)s)")
-
-
-def flops_benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """TFLOPs of every named policy as the paper counts them (tables 1 and 3), computed, not measured.
-
-    The rows' `formula_ratio` is that of a training step without rematerialisation, attention included.
-    """
-    from vmod_jax.models import flops
-    from vmod_jax.models.depth import POLICIES, make_policy
-
-    for option, least in (("frames", 0), ("tokens", 1), ("text", 0), ("lora", 0)):
-        if getattr(args, option) < least:
-            raise UserError(f"--{option} is {getattr(args, option)}: give a whole number of at least {least}")
-    if args.frames == args.text == 0:
-        raise UserError("--frames and --text are both 0: there is nothing to count")
-    config = flops.LLAMA_3_8B if args.hf_config is None else _read_llama_config(args.hf_config)
-
-    stream = (args.frames, args.tokens, args.text, args.lora)
-    layers = config.num_hidden_layers
-    kept = {name: flops.kept_counts(make_policy(name, layers, args.keep), args.tokens) for name in POLICIES}
-    tflops = {name: flops.linear_flops(config, counts, *stream) / 1e12 for name, counts in kept.items()}
-    rows = [
-        row(
-            name,
-            "flops",
-            tflops[name],
-            tflops["full"],
-            formula_ratio=flops.formula_ratio(config, counts, *stream),
-            tokens_per_frame=args.tokens,
-            frames=args.frames,
-            text_tokens=args.text,
-            kept_per_layer=counts,
-        )
-        for name, counts in kept.items()
-    ]
-    print(f"{layers} layers, {args.frames} frames x {args.tokens} tokens, {args.text} text tokens, LoRA {args.lora}")
-    print_table(rows, unit="TFLOPs")
-    return {"rows": rows, "policies": tflops}
-
-
-def _read_llama_config(path: Path):
-    from vmod_jax.models.llama import LlamaConfig
-
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: --hf-config takes a Hugging Face config.json or its folder") from None
-    except ValueError:  # what is not UTF-8 is a ValueError too
-        raise UserError(f"{path} is not JSON: --hf-config takes a Hugging Face config.json or its folder") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no JSON object: --hf-config takes a Hugging Face config.json or its folder")
-    return LlamaConfig.from_hf_config(config)
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-BENCHMARKS = {
-    "flops": Benchmark("the paper's FLOPs column for any model and policy", _flops_arguments, flops_benchmark),
-}
-
-
 def print_table(rows: Sequence[dict[str, Any]], unit: str) -> None:
     """Prints rows as aligned columns."""
     width = max(len(entry["name"]) for entry in rows)
-    print(f"{'':{width}}  {unit:>10}  {'baseline':>10}  {'ratio':>6}  {'formula':>7}")
+    print(f"{'':{width}}  {unit:>10}  {'baseline':>10}  {'ratio':>6}  {'formula':>7}  {'spread':>6}")
     for entry in rows:
-        formula = "" if entry["formula_ratio"] is None else f"{entry['formula_ratio']:.3f}"
+        formula, spread = (
+            "" if entry[key] is None else f"{entry[key]:.3f}"  # what does not apply stays empty
+            for key in ("formula_ratio", "spread")
+        )
         print(
             f"{entry['name']:{width}}  {entry['candidate']:10.4g}  {entry['baseline']:10.4g}  "
-            f"{entry['ratio']:6.3f}  {formula:>7}"
+            f"{entry['ratio']:6.3f}  {formula:>7}  {spread:>6}"
         )
 
 
@@ -160,7 +150,10 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     path.write_text(json.dumps(described, indent=1) + "\n")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> None:
     """`vmod bench NAME [--json F] [--quick]` and the benchmark's own options. Raises UserError."""
     parser = ArgumentParser("vmod bench", description="Runs a benchmark and prints its table.")
     benchmarks = parser.add_subparsers(dest="name", required=True, metavar="NAME")
@@ -168,8 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = benchmarks.add_parser(name, help=benchmark.about, description=benchmark.about)
         options.add_argument("--json", type=Path, metavar="F", help="write the results to this file")
         options.add_argument("--quick", action="store_true", help="end within ten minutes on two cores")
-        benchmark.add_arguments(options)
+        if name in argv[:1]:
+            importlib.import_module(f"vmod_jax.{benchmark.module}").add_arguments(options)
     args = parser.parse_args(argv)
-    results = BENCHMARKS[args.name].run(args)
+    results = importlib.import_module(f"vmod_jax.{BENCHMARKS[args.name].module}").run(args)
     if args.json is not None:
         write_json(args.json, results)
