@@ -3,17 +3,21 @@
     params    the whole parameter tree (an imported folder has this alone)
     state     the optimiser's state and the random key
     data      the Grain iterator's state, JSON: a global step index, the same for any number of hosts
+    metrics   {"val_loss": ...} where the step was evaluated: the best such checkpoint is kept beside the latest ones
 
-Saving is asynchronous: `save` returns when the arrays are copied, and a checkpoint appears under its name only once it
-is whole, so a run that is killed leaves the one before.
+Saving is asynchronous, each process writing its own shards: `save` returns when the arrays are copied, and a checkpoint
+appears under its name only once it is whole, so a run that is killed leaves the one before. What was saved on one mesh,
+by any number of processes, is restored onto another.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from vmod_jax.errors import UserError
 from vmod_jax.training.sharding import placements
@@ -22,23 +26,47 @@ Tree = Any
 
 
 class Checkpoints:
-    """The checkpoints of a workdir; keeps the latest `keep`. A context manager: leaving waits for what is being
-    saved.
+    """The checkpoints of a workdir. A context manager: leaving waits for what is being saved.
+
+    keep: who trains opens them with the number of latest ones to keep beside the best one. Without it they are for
+    reading, or for one save; nothing is removed.
     """
 
     def __init__(self, workdir: Path, keep: int | None = None):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        options = ocp.CheckpointManagerOptions()
+        if keep is not None:
+            best = BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
+            options = ocp.CheckpointManagerOptions(
+                best_fn=_quality,
+                preservation_policy=AnyPreservationPolicy([LatestN(n=keep), best]),
+                cleanup_tmp_directories=True,  # left by a save that was killed
+            )
         self.manager = ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
 
     def latest(self) -> int | None:
         """The step of the last whole checkpoint."""
         return self.manager.latest_step()
 
-    def save(self, step: int, params: Tree, state: Tree = None, data: dict[str, Any] | None = None) -> None:
-        items = {"params": ocp.args.StandardSave(params)}
+    def best(self) -> tuple[int, float] | None:
+        """(step, val_loss) of the best checkpoint, of those that were evaluated."""
+        step = self.manager.best_step()
+        metrics = (step is not None and self.manager.metrics(step)) or {}
+        return (step, metrics["val_loss"]) if step is not None and "val_loss" in metrics else None
+
+    def save(
+        self,
+        step: int,
+        params: Tree,
+        state: Tree = None,
+        data: dict[str, Any] | None = None,
+        val_loss: float | None = None,
+    ) -> None:
+        """Starts saving; waits first for the save before. With `state`: a training run's, else parameters alone."""
+        items, metrics = {"params": ocp.args.StandardSave(params)}, None
         if state is not None:
             items |= {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data or {})}
-        self.manager.save(step, args=ocp.args.Composite(**items))
+            metrics = {} if val_loss is None else {"val_loss": val_loss}
+        self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, params: Tree, state: Tree) -> tuple[Tree, Tree, dict[str, Any]]:
         """(params, state, data); the given trees say shapes, dtypes and placements (arrays or ShapeDtypeStructs)."""
@@ -58,6 +86,10 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.manager.close()
+
+
+def _quality(metrics: dict[str, float]) -> float:
+    return -metrics.get("val_loss", math.inf)
 
 
 def load_params(workdir: str | Path, mesh: Mesh | None = None, step: int | None = None) -> Tree:

@@ -1,27 +1,40 @@
 """What a run writes down: metrics.jsonl, TensorBoard and the progress bar."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
-# Peak dense bf16 FLOP/s of one device, by a part of its `device_kind` (vendors' data sheets); the first match counts.
+# Peak dense bf16 FLOP/s of one JAX device (data sheets of Google and NVIDIA), by a part of its `device_kind`; the first
+# match counts. JAX calls v5e "TPU v5 lite", v5p "TPU v5" and v6e "TPU v6 lite".
 PEAK_FLOPS = (
+    ("TPU v6", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4 lite", 138e12),
+    ("TPU v4", 275e12),
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
     ("H100", 989e12),
     ("A100", 312e12),
-    ("TPU v6", 918e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 197e12),
-    ("TPU v4", 275e12),
 )
 
 
+def peak_flops(kind: str) -> float | None:
+    """Of one device of this `device_kind`; None where it is not known (a CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS if name in kind), None)
+
+
 def mfu(flops: float, seconds: float) -> float | None:
-    """The share of all devices' peak that `flops` in `seconds` is; None where the peak is not known (a CPU)."""
-    kind = jax.devices()[0].device_kind
-    peak = next((peak for name, peak in PEAK_FLOPS if name in kind), None)
+    """The share of all devices' peak that `flops` in `seconds` is; None where the peak is not known."""
+    peak = peak_flops(jax.devices()[0].device_kind)
     return None if peak is None else flops / seconds / (peak * jax.device_count())
 
 
@@ -42,7 +55,9 @@ class MetricsLog:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part.replace(path)  # at once: a run killed here must not have lost what it logged
         self.file = path.open("a")
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
@@ -62,6 +77,7 @@ class MetricsLog:
         """Everything written so far is on disk: called before each checkpoint, which must never know more."""
         if self.writing:
             self.file.flush()
+            os.fsync(self.file.fileno())
             self.board.flush()
 
     def __enter__(self) -> "MetricsLog":

@@ -1,0 +1,111 @@
+"""A run on one or many processes: how they find each other, take turns, and agree on when to stop.
+
+Every process runs the same command. `join`, before anything asks for a device, connects them where the environment says
+that there are several:
+
+    Cloud TPU          found by JAX, on one host or a pod, one slice or several
+    Slurm              found by JAX, in tasks that srun started (one task a GPU)
+    elsewhere          JAX_COORDINATOR_ADDRESS=HOST:PORT of process 0, JAX_NUM_PROCESSES, JAX_PROCESS_ID
+
+A process that dies takes the others with it, within HEARTBEAT seconds at the latest: JAX's coordination service ends
+them (signal 6) where no collective has failed before. What ended was saved up to the last checkpoint.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from vmod_jax.errors import UserError
+
+PREEMPTED = 75  # exit code after SIGTERM: saved, run the same command again (EX_TEMPFAIL of sysexits.h)
+INTERRUPTED = 130  # exit code after SIGINT: saved; nobody starts it again but the user
+
+HEARTBEAT = 60  # seconds of silence after which a process counts as dead
+
+
+def join() -> None:
+    """Connects the processes of a run; does nothing in a run of one. Raises UserError when that cannot be done."""
+    address, number, index = (
+        os.environ.get(name) for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    )
+    slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ
+    platforms: Any = jax.config.values["jax_platforms"]  # JAX itself sets "tpu,cpu" where it finds TPU chips and libtpu
+    if not (address or slurm or "tpu" in (platforms or "")) or jax.distributed.is_initialized():
+        return
+    given: dict[str, Any] = {}
+    if address:
+        if not (number and index and number.isdigit() and index.isdigit()):
+            raise UserError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID too, to numbers")
+        given = {"coordinator_address": address, "num_processes": int(number), "process_id": int(index)}
+        given["cluster_detection_method"] = "deactivate"
+    try:
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT)
+    except ValueError as error:
+        if address or slurm:
+            raise UserError(f"the processes of this run cannot be connected: {error}") from error
+        # a TPU whose host knows of no others: a run of one
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """The block runs in process 0, then in all others: what it makes in a shared folder is made once."""
+    if jax.process_index() > 0:
+        multihost_utils.sync_global_devices("first")
+    yield
+    if jax.process_index() == 0 and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("first")
+
+
+class Interruptions:
+    """Turns SIGTERM and SIGINT into the question whether to stop after this step. A context manager.
+
+    One process: the first signal is noted, a second one acts as usual. Many: SIGTERM, which may reach only one of them,
+    belongs to JAX's pre-emption service, which names a step to all; SIGINT is passed on to it.
+    """
+
+    def __init__(self) -> None:
+        self.caught: list[int] = []
+        self.usual: dict[int, Any] = {}
+        self.many = jax.process_count() > 1
+
+    def stop(self, step: int) -> bool:
+        """Whether to save and stop after `step`: the same answer in every process. To be asked once a step."""
+        if self.many and multihost_utils.reached_preemption_sync_point(step):
+            self.caught = self.caught or [signal.SIGTERM]
+        elif self.many:
+            return False
+        return bool(self.caught)
+
+    @property
+    def exit_code(self) -> int:
+        """What the command says to the one who started it."""
+        return 0 if not self.caught else INTERRUPTED if signal.SIGINT in self.caught else PREEMPTED
+
+    def _note(self, number: int, _: Any) -> None:
+        self.caught.append(number)
+        signal.signal(number, self.usual[number])
+        if self.many:
+            signal.raise_signal(signal.SIGTERM)
+
+    def __enter__(self) -> "Interruptions":
+        with contextlib.suppress(ValueError):  # not the main thread: nothing to catch
+            for number in (signal.SIGINT,) if self.many else (signal.SIGINT, signal.SIGTERM):
+                self.usual[number] = signal.getsignal(number)
+                signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+
+def exit_on_sigterm() -> None:
+    """Until the first step there is nothing to save: SIGTERM ends the process with PREEMPTED at once."""
+    if not jax.distributed.is_initialized():  # where it is, the first step will be told
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
