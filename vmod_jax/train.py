@@ -1,34 +1,35 @@
 """`vmod train`: config -> data -> model -> mesh -> batches -> state -> restore -> loop -> save."""
 
-import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import re
-import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from vmod_jax import workdir as folder
-from vmod_jax.data.conversation import stream_format
-from vmod_jax.data.pipeline import batches, make_buckets, open_streams
+from vmod_jax.data.conversation import IGNORE, stream_format
+from vmod_jax.data.pipeline import batches, cache_folder, make_buckets, open_streams
 from vmod_jax.errors import UserError
 from vmod_jax.models.flops import kept_counts, step_flops
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params, num_params
 from vmod_jax.training import config as configuration
-from vmod_jax.training import objective
+from vmod_jax.training import objective, processes
 from vmod_jax.training.checkpoint import Checkpoints, load_params
 from vmod_jax.training.config import Config
-from vmod_jax.training.metrics import MetricsLog, mfu
+from vmod_jax.training.metrics import MetricsLog, Trace, mfu
 from vmod_jax.training.optimizer import flatten, make_optimizer, merge, split, to_f32, trained_groups, unflatten
 from vmod_jax.training.sharding import local_rows, make_mesh, placements, put_batch
 from vmod_jax.weights.experts import adapt, trained_layers
@@ -39,7 +40,17 @@ Tree = Any
 USAGE = """usage: vmod train --config FILE --workdir DIR [--config.KEY=VALUE ...]
 
 Trains into DIR, or goes on from its last checkpoint. FILE is one of configs/; the keys are explained in
-vmod_jax/training/config.py, for instance --config.policy=full --config.optimizer.learning_rate=1e-3"""
+vmod_jax/training/config.py, for instance --config.policy=full --config.optimizer.learning_rate=1e-3
+
+On several hosts the same command runs in every process, with DIR in a folder that all of them see. On Cloud TPU and
+under Slurm's srun they find each other; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0),
+JAX_NUM_PROCESSES and JAX_PROCESS_ID. launch/tpu.sh and launch/gpu.sh do all this.
+
+exit codes: 0 done; 2 a mistake, said in one line; 75 stopped by SIGTERM (pre-emption), saved: run the same command
+again; 130 stopped by SIGINT (Ctrl-C), saved
+
+Compiled programs are kept in ~/.cache/vmod_jax/compiled: JAX_COMPILATION_CACHE_DIR moves them,
+JAX_ENABLE_COMPILATION_CACHE=false keeps none."""
 
 
 class State(NamedTuple):
@@ -51,7 +62,10 @@ class State(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a run did. seconds: of the loop, compilation and saving included; step_seconds: the median, without."""
+    """What a run did. seconds: of the loop, compilation and saving included; step_seconds: the median, without.
+
+    exit_code: 0, or what `training/processes.py` says of a run that a signal stopped before its end.
+    """
 
     step: int
     loss: float | None
@@ -60,6 +74,7 @@ class Summary(NamedTuple):
     compile_seconds: float
     trained_params: int
     frozen_params: int
+    exit_code: int = 0
 
 
 def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) -> Summary:
@@ -68,13 +83,20 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
     stop_at: save and stop after this step, as an interruption (SIGINT, SIGTERM) would; the schedule stays that of
     config.steps. Raises UserError for whatever does not fit.
     """
+    if str(workdir).startswith("gs:/"):
+        raise UserError(
+            f"--workdir {workdir}: mount the bucket (gcsfuse; launch/tpu.sh --bucket does) and name its folder"
+        )
     config, workdir = configuration.complete(config), Path(workdir).expanduser()
     say = print if jax.process_index() == 0 else lambda *_: None
 
     # --- data ---------------------------------------------------------------------------------------------------------
     given = folder.read_model(config.init_from) if config.init_from else None
     vision = given.vision if given else configuration.make_vision(config)
-    streams = open_streams(config.data, "train", vision.image_size if vision else 0)
+    image_size = vision.image_size if vision else 0
+    with processes.first_alone():
+        streams = open_streams(config.data, "train", image_size)
+        held_out = open_streams(config.data, "val", image_size) if config.eval_every else None
     tokenizer = (
         config.data.tokenizer or (config.init_from and folder.tokenizer_folder(config.init_from)) or streams.tokenizer
     )
@@ -119,11 +141,16 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
                 f"rows of {tokens} tokens are longer than the model's {llama.max_position_embeddings} positions: "
                 "lower data.max_frames, or give smaller data.buckets"
             )
-    rows = local_rows(mesh, config.batch_size)
-    iterator = batches(
-        streams, fmt, buckets, config.batch_size,
-        seed=config.seed, rows=rows, stream_weight=config.data.stream_weight, prefetch=config.data.prefetch,
+    if config.batch_size % (parts := mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate):
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide over mesh.data x mesh.fsdp x accumulate = {parts}"
+        )
+    load = functools.partial(
+        batches, fmt=fmt, buckets=buckets, batch_size=config.batch_size,
+        seed=config.seed, rows=local_rows(mesh, config.batch_size), stream_weight=config.data.stream_weight,
+        prefetch=config.data.prefetch,
     )  # fmt: skip
+    iterator = load(streams)
 
     # --- state, new or restored ---------------------------------------------------------------------------------------
     groups = trained_groups(config.optimizer)
@@ -132,28 +159,45 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
     latest = checkpoints.latest()
     start = latest or 0
     if latest is not None:
+        processes.seen_by_all(workdir / "checkpoints" / str(latest))
         params, state = abstract_state(model_config, groups, optimizer, mesh)
         params, saved, position = checkpoints.restore(start, merge(state.trained, params), _stored(state))
         trained, frozen = split(params, groups)
         state = State(trained, saved["optimizer"], saved["rng"])
+        if (there := position.pop("streams", len(streams.samples))) != len(streams.samples):
+            raise UserError(f"the run began with {there} streams, now there are {len(streams.samples)}: other data")
         iterator.set_state(position)
         say(f"going on from step {start} of {config.steps} in {workdir}")
+        if changed := configuration.check_same_run(folder.read_config(workdir) or {}, config):
+            say(f"with changes: {'; '.join(changed)}")
+            if jax.process_index() == 0:
+                folder.write(workdir, model_config, None, config.to_dict())
     else:
         state, frozen = new_state(config, model_config, groups, optimizer, mesh)
-        if jax.process_index() == 0:
-            folder.write(workdir, model_config, fmt.tokenizer, config.to_dict())
+        with processes.first_alone():
+            if jax.process_index() == 0:
+                folder.write(workdir, model_config, fmt.tokenizer, config.to_dict())
+            processes.seen_by_all(workdir / "model.json")
     sizes = num_params(state.trained), num_params(frozen)
     say(f"{config.policy}, {llama.num_hidden_layers} layers: {sizes[0]:,} parameters trained, {sizes[1]:,} frozen")
     say(f"{len(streams.samples)} streams, buckets {[tuple(b) for b in buckets]} of (frames, text tokens, labels)")
 
     # --- loop ---------------------------------------------------------------------------------------------------------
-    step_function = make_step(model, optimizer, state, mesh)
+    step_function = make_step(model, optimizer, state, mesh, config.accumulate)
+    evaluate = make_evaluation(model)
     compiled: dict[tuple, Any] = {}  # one a bucket
     step, values, compile_seconds, pace = start, {}, 0.0, []
     began = last = time.perf_counter()
     tokens = flops = 0.0
-    with checkpoints, MetricsLog(workdir, start, config.steps) as log, _interruptions() as interrupted:
-        while step < min(config.steps, stop_at or config.steps):
+    end = min(config.steps, stop_at or config.steps)
+    with (
+        checkpoints,
+        MetricsLog(workdir, start, config.steps) as log,
+        Trace(workdir / "profile", config.profile) as trace,
+        processes.Interruptions() as interruptions,
+    ):
+        while step < end:
+            trace.before(step + 1)
             local = next(iterator)
             batch = put_batch(local, mesh, config.batch_size)
             shapes = tuple(x.shape for x in local.values())
@@ -167,7 +211,9 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
             tokens += float(local["length"].sum()) * config.batch_size / len(local["length"])
             flops += batch_flops(batch, model_config, "base" in groups)
             log.advance()
+            trace.after(step, state)
 
+            line: dict[str, float] = {}
             if step % config.log_every == 0 or step == config.steps:
                 values = {name: float(value) for name, value in parts.items()}
                 now = time.perf_counter()
@@ -175,59 +221,132 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
                 pace.append(seconds := (now - last) / min(done, step - start))
                 speed = {"step_seconds": seconds, "tokens_per_second": tokens / (now - last)}
                 used = mfu(flops, now - last)
-                log.write(step, values | speed | ({} if used is None else {"mfu": used}))
+                line = values | speed | ({} if used is None else {"mfu": used})
                 last, tokens, flops = now, 0.0, 0.0
+            val_loss = None
+            if held_out and (step % config.eval_every == 0 or step == config.steps):
+                paused = time.perf_counter()
+                count = min(config.eval_batches, -(-len(held_out.samples) // config.batch_size))
+                some = (put_batch(x, mesh, config.batch_size) for x in itertools.islice(load(held_out), count))
+                line["val_loss"] = val_loss = mean_loss(evaluate(state.trained, frozen, batch) for batch in some)
+                last += time.perf_counter() - paused
+            if line:
+                log.write(step, line)
 
             # Metrics are on disk before the checkpoint that follows from them; the iterator is at the batch that comes
             # next. A run that is killed here or anywhere goes on from the last whole checkpoint.
-            stopping = interrupted() or step == min(config.steps, stop_at or config.steps)
-            if step % config.checkpoint_every == 0 or stopping:
+            stopping = interruptions.stop(step) or step == end
+            if step % config.checkpoint_every == 0 or val_loss is not None or stopping:
                 log.flush()
-                position = iterator.get_state()
-                checkpoints.save(step, merge(state.trained, frozen), _stored(state), position)
+                position = {**iterator.get_state(), "streams": len(streams.samples)}
+                checkpoints.save(step, merge(state.trained, frozen), _stored(state), position, val_loss)
             if stopping:
                 break
         checkpoints.wait()
 
     # --- the end ------------------------------------------------------------------------------------------------------
+    best = checkpoints.best()
     seconds = time.perf_counter() - began
     say(f"step {step} of {config.steps} after {seconds:.1f} s ({compile_seconds:.1f} s of them compiling)")
     say(f"wrote {workdir}/checkpoints/{step}, {workdir}/metrics.jsonl and {workdir}/tensorboard")
+    if best:
+        say(f"the best val_loss, {best[1]:.4f}, is that of {workdir}/checkpoints/{best[0]}")
     if step < config.steps:
         say("next: the same command goes on from here")
     else:
         say(f"next: vmod evaluate --workdir {workdir}, or vmod stream VIDEO --workdir {workdir}")
     median = sorted(pace)[len(pace) // 2] if pace else None
-    return Summary(step, values.get("loss"), seconds, median, compile_seconds, *sizes)
+    code = interruptions.exit_code if step < config.steps else 0
+    return Summary(step, values.get("loss"), seconds, median, compile_seconds, *sizes, code)
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
-def make_step(model: VideoLM, optimizer: optax.GradientTransformation, state: State, mesh: Mesh) -> Any:
-    """(state, frozen, batch, step) -> (state, {loss, lm_loss, stream_loss, grad_norm: f32[]}); donates the state."""
+def make_loss(model: VideoLM) -> Any:
+    """(trained, frozen, batch, rngs) -> (loss, {lm_loss, stream_loss, labels}), all f32[]: see `objective.loss`."""
+
+    def loss(
+        trained: Tree, frozen: Tree, batch: dict[str, jax.Array], rngs: dict[str, jax.Array]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        variables = {"params": merge(trained, frozen)}
+        hidden, _ = model.apply(
+            variables, batch["input_ids"], batch["frames"], length=batch["length"], rngs=rngs, method="hidden"
+        )
+        labelled = objective.gather_labelled(hidden, batch["label_pos"])
+        logits: Any = model.apply(variables, labelled, method="logits")
+        return objective.loss(logits, batch["label"], batch["label_weight"], batch["label_is_stream"])
+
+    return loss
+
+
+def make_step(
+    model: VideoLM, optimizer: optax.GradientTransformation, state: State, mesh: Mesh, accumulate: int = 1
+) -> Any:
+    """(state, frozen, batch, step) -> (state, {loss, lm_loss, stream_loss, grad_norm: f32[]}); donates the state.
+
+    accumulate: the batch goes through in so many parts, each with its share of the labels, so that losses and gradient
+    are those of the whole batch, in the memory of one part.
+    """
     dropout = model.config.lora.rank and model.config.lora.dropout
+    gradient_of_loss = jax.value_and_grad(make_loss(model), has_aux=True)
+
+    def one(state: State, frozen: Tree, batch: dict[str, jax.Array], key: jax.Array) -> tuple[dict, Tree]:
+        (value, parts), gradient = gradient_of_loss(state.trained, frozen, batch, {"dropout": key} if dropout else {})
+        return {"loss": value, "lm_loss": parts["lm_loss"], "stream_loss": parts["stream_loss"]}, gradient
+
+    def in_parts(state: State, frozen: Tree, batch: dict[str, jax.Array], key: jax.Array) -> tuple[dict, Tree]:
+        # Part i is rows i, i + accumulate, ...: every device keeps its own rows.
+        parts = {name: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+        whole = label_counts(batch)
+
+        def add(total: tuple[dict, Tree], item: tuple[dict, jax.Array]) -> tuple[tuple[dict, Tree], None]:
+            part, index = item
+            losses, gradient = one(state, frozen, part, jax.random.fold_in(key, index))
+            share = {name: count / jnp.maximum(whole[name], 1) for name, count in label_counts(part).items()}
+            losses = {name: value * share[name] for name, value in losses.items()}
+            gradient = jax.tree.map(lambda x: x * share["loss"], gradient)
+            return jax.tree.map(jnp.add, total, (losses, gradient)), None
+
+        zero = dict.fromkeys(whole, jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.trained)
+        return jax.lax.scan(add, zero, (parts, jnp.arange(accumulate)))[0]
 
     def step_function(state: State, frozen: Tree, batch: dict[str, jax.Array], step: jax.Array) -> tuple[State, dict]:
-        rngs = {"dropout": jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)} if dropout else {}
-
-        def loss(trained: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
-            variables = {"params": merge(trained, frozen)}
-            hidden, _ = model.apply(
-                variables, batch["input_ids"], batch["frames"], length=batch["length"], rngs=rngs, method="hidden"
-            )
-            labelled = objective.gather_labelled(hidden, batch["label_pos"])
-            logits: Any = model.apply(variables, labelled, method="logits")
-            return objective.loss(logits, batch["label"], batch["label_weight"], batch["label_is_stream"])
-
-        (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.trained)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
+        losses, gradient = (one if accumulate == 1 else in_parts)(state, frozen, batch, key)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
         new = State(optax.apply_updates(state.trained, updates), optimizer_state, state.rng)
-        names = ("lm_loss", "stream_loss")
-        return new, {"loss": value, **{name: parts[name] for name in names}, "grad_norm": optax.tree.norm(gradient)}
+        return new, {**losses, "grad_norm": optax.tree.norm(gradient)}
 
     where = placements(state, mesh)
     return jax.jit(step_function, donate_argnums=0, out_shardings=(where, None))
+
+
+def label_counts(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """How many labels each loss is a mean over: {loss, lm_loss, stream_loss: i32[]}."""
+    there, is_stream = batch["label"] != IGNORE, batch["label_is_stream"]
+    return {
+        "loss": jnp.sum(there),
+        "lm_loss": jnp.sum(there & ~is_stream),
+        "stream_loss": jnp.sum(there & is_stream),
+    }
+
+
+def make_evaluation(model: VideoLM) -> Any:
+    """(trained, frozen, batch) -> (loss f32[], labels f32[]) without dropout."""
+    loss = make_loss(model)
+
+    def evaluation(trained: Tree, frozen: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        value, parts = loss(trained, frozen, batch, {})
+        return value, parts["labels"]
+
+    return jax.jit(evaluation)
+
+
+def mean_loss(batches: Iterable[tuple[jax.Array, jax.Array]]) -> float:
+    """The mean over all labels of batches of (loss, labels)."""
+    losses, labels = zip(*((float(loss), float(labels)) for loss, labels in batches), strict=True)
+    return sum(a * b for a, b in zip(losses, labels, strict=True)) / max(sum(labels), 1)
 
 
 def batch_flops(batch: dict[str, jax.Array], config: VideoLMConfig, train_base: bool) -> float:
@@ -310,27 +429,6 @@ def _starting_params(source: Path, model_config: VideoLMConfig, mesh: Mesh) -> T
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _interruptions() -> Iterator[Any]:
-    """Within it SIGINT and SIGTERM only set what the yielded function returns; a second signal acts as usual."""
-    caught: list[int] = []
-    usual: dict[int, Any] = {}
-
-    def note(number: int, _: Any) -> None:
-        caught.append(number)
-        signal.signal(number, usual[number])
-
-    with contextlib.suppress(ValueError):  # not the main thread: nothing to catch
-        for number in (signal.SIGINT, signal.SIGTERM):
-            usual[number] = signal.getsignal(number)
-            signal.signal(number, note)
-    try:
-        yield lambda: bool(caught)
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-
 def parse(argv: Sequence[str]) -> tuple[Config, Path]:
     """`--config FILE [--config.key=value ...] --workdir DIR` -> (configuration, workdir); UserError for a mistake."""
     values = flags.FlagValues()
@@ -385,5 +483,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     config, workdir = parse(arguments)
-    train(config, workdir)
-    return 0
+    with processes.ended_by_sigterm():
+        processes.join()
+        if not jax.config.values["jax_compilation_cache_dir"]:
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        return train(config, workdir).exit_code

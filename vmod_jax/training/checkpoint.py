@@ -40,6 +40,7 @@ class Checkpoints:
                 best_fn=_quality,
                 preservation_policy=AnyPreservationPolicy([LatestN(n=keep), best]),
                 cleanup_tmp_directories=True,  # left by a save that was killed
+                single_host_load_and_broadcast=True,  # all processes see the same steps
             )
         self.manager = ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
 

@@ -27,15 +27,19 @@ def defaults() -> Config:
     config.steps = 1000
     config.init_from = ""  # a workdir or imported folder: its model and its parameters start the run
     config.batch_size = 64  # streams a step, over all devices
+    config.accumulate = 1  # the batch goes through in so many parts, which saves memory; the gradient is the same
     config.checkpoint_every = 500
-    config.keep_checkpoints = 2  # the latest ones
+    config.keep_checkpoints = 2  # the latest ones, and beside them the best by val_loss
     config.log_every = 10
+    config.eval_every = 0  # steps between evaluations on the split "val", each with a checkpoint; 0: none
+    config.eval_batches = 8  # of an evaluation, always the same ones, at most what the split holds
+    config.profile = ()  # (first, last): a trace of these steps in WORKDIR/profile, for TensorBoard or xprof
 
     # The method: which layers compute which share of a frame's tokens.
     config.policy = "interleaved"  # a name of models/depth.py, or "explicit": model.routed_layers
     config.keep = 0.2  # share of a frame's tokens that a routed layer computes
     config.gate = "raw"
-    config.remat = "none"  # or "full": blocks are computed again on the way back, which saves memory
+    config.remat = "none"  # to save memory: "full", blocks are computed again on the way back, or "attention", all but that
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})  # -1: the devices that are left
 
@@ -56,6 +60,7 @@ def defaults() -> Config:
     model.deep = -1  # first routed layer of early_exit and the deep policies; -1: 2 of 32 layers, scaled
     model.routed_layers = ()  # policy="explicit": these layers (from 0)
     model.selector = "learned"  # of the explicit policy
+    model.attention = "auto"  # the device's kernel; or a name of models/attention.py
     model.dtype = "float32"
     model.param_dtype = "float32"
 
@@ -105,10 +110,33 @@ def complete(config: Config) -> Config:
             section[name] = tuple(value) if isinstance(value, list) else value
         except TypeError as error:
             raise UserError(f"config.{'.'.join(path)}={value!r} is not a {type(section[name]).__name__}") from error
-    for name in ("steps", "batch_size", "checkpoint_every", "keep_checkpoints", "log_every"):
+    names = ("steps", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every", "eval_batches")
+    for name in names:
         if out[name] < 1:
             raise UserError(f"config.{name}={out[name]}: give at least 1")
+    if out.profile and not (len(out.profile) == 2 and 1 <= out.profile[0] <= out.profile[1]):
+        raise UserError(f"config.profile={out.profile}: give (first, last), steps counted from 1")
     return out
+
+
+# What a run may change when it goes on: where its data lie, and what is not trained on.
+MOVABLE = ("root", "path", "tokenizer", "val_videos", "test_videos", "eval_split", "prefetch")
+
+
+def check_same_run(there: dict[str, Any], config: Config) -> list[str]:
+    """["steps is 10 there, 20 here", ...]: how a run's config.json differs from the one that it is to go on with.
+
+    Raises UserError where the batches would not be those that come next: another seed, batch size or data.
+    """
+    old, new = (dict(_leaves(tree)) for tree in (there, json.loads(config.to_json())))
+    changed = [path for path, value in new.items() if path in old and old[path] != value]
+    lines = {path: f"{'.'.join(path)} is {old[path]!r} there, {new[path]!r} here" for path in changed}
+    fixed = [path for path in changed if path[-1] in ("seed", "batch_size") or path[0] == "data"]
+    if wrong := [lines[path] for path in fixed if path[-1] not in MOVABLE]:
+        raise UserError(
+            f"the run began with other batches: {'; '.join(wrong)}; set that back, or use another --workdir"
+        )
+    return list(lines.values())
 
 
 def unknown_key(key: str) -> UserError:
@@ -186,5 +214,6 @@ def method(config: Config, num_layers: int) -> dict[str, Any]:
         "always_keep_last": model.always_keep_last,
         "lora": LoraConfig(**model.lora.to_dict()),
         "remat": config.remat,
+        "attention": model.attention,
         "dtype": model.dtype,
     }

@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -88,6 +90,35 @@ class MetricsLog:
         if self.writing:
             self.file.close()
             self.board.close()
+
+
+class Trace:
+    """A profile of the steps first ... last in a folder, made by the first process; a context manager."""
+
+    def __init__(self, folder: Path, steps: Sequence[int]):
+        self.folder, self.steps, self.running = folder, tuple(steps), False
+
+    def before(self, step: int) -> None:
+        if self.steps and step == self.steps[0] and jax.process_index() == 0:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+
+    def after(self, step: int, state: Any) -> None:
+        """state: what the step made, which is waited for."""
+        if self.running and step == self.steps[1]:
+            jax.block_until_ready(state)
+            self.__exit__()
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.running:
+            jax.profiler.stop_trace()
+            self.running = False
+            print(
+                f"profile of steps {self.steps[0]} to {self.steps[1]}: {self.folder} (tensorboard --logdir, or xprof)"
+            )
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -15,7 +15,9 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -53,6 +55,16 @@ def join() -> None:
 
 
 @contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within it, until there is something to save, SIGTERM ends the process with PREEMPTED at once."""
+    usual = signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
+@contextlib.contextmanager
 def first_alone() -> Iterator[None]:
     """The block runs in process 0, then in all others: what it makes in a shared folder is made once."""
     if jax.process_index() > 0:
@@ -62,17 +74,26 @@ def first_alone() -> Iterator[None]:
         multihost_utils.sync_global_devices("first")
 
 
+def seen_by_all(path: Path, wait: float = 60) -> None:
+    """Raises UserError where a process does not find what another one wrote (network folders may take a while)."""
+    end = time.monotonic() + wait
+    while not path.exists():
+        if time.monotonic() > end:
+            raise UserError(f"process {jax.process_index()} does not see {path}: the workdir must be a shared folder")
+        time.sleep(1)
+
+
 class Interruptions:
     """Turns SIGTERM and SIGINT into the question whether to stop after this step. A context manager.
 
     One process: the first signal is noted, a second one acts as usual. Many: SIGTERM, which may reach only one of them,
-    belongs to JAX's pre-emption service, which names a step to all; SIGINT is passed on to it.
+    belongs to JAX's pre-emption service (from `join` on), which names a step to all; SIGINT is passed on to it.
     """
 
     def __init__(self) -> None:
         self.caught: list[int] = []
         self.usual: dict[int, Any] = {}
-        self.many = jax.process_count() > 1
+        self.many = jax.distributed.is_initialized()
 
     def stop(self, step: int) -> bool:
         """Whether to save and stop after `step`: the same answer in every process. To be asked once a step."""
@@ -103,9 +124,3 @@ class Interruptions:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.usual.items():
             signal.signal(number, handler)
-
-
-def exit_on_sigterm() -> None:
-    """Until the first step there is nothing to save: SIGTERM ends the process with PREEMPTED at once."""
-    if not jax.distributed.is_initialized():  # where it is, the first step will be told
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
