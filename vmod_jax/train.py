@@ -84,9 +84,7 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
     config.steps. Raises UserError for whatever does not fit.
     """
     if str(workdir).startswith("gs:/"):
-        raise UserError(
-            f"--workdir {workdir}: mount the bucket (gcsfuse; launch/tpu.sh --bucket does) and name its folder"
-        )
+        raise UserError(f"--workdir {workdir}: give a folder in which that bucket is mounted (launch/tpu.sh --bucket)")
     config, workdir = configuration.complete(config), Path(workdir).expanduser()
     say = print if jax.process_index() == 0 else lambda *_: None
 

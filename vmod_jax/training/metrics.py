@@ -116,9 +116,7 @@ class Trace:
         if self.running:
             jax.profiler.stop_trace()
             self.running = False
-            print(
-                f"profile of steps {self.steps[0]} to {self.steps[1]}: {self.folder} (tensorboard --logdir, or xprof)"
-            )
+            print(f"profile of steps {self.steps[0]} to {self.steps[1]}: {self.folder} (for TensorBoard or xprof)")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
