@@ -1,11 +1,15 @@
 """Attention against a loop over heads and queries; blocks of any size against the whole."""
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vmod_jax.models.attention import NEVER, attend, causal_attention
+from vmod_jax.models import attention
+from vmod_jax.models.attention import NEVER, attend, blocked, cache_attention, causal_attention
 
 B, H, K, WIDTH = 2, 6, 2, 4
 
@@ -48,17 +52,17 @@ def test_what_a_query_sees_goes_by_position():
     np.testing.assert_array_equal(attend(q, other, v, jnp.asarray(q_position), jnp.asarray(k_position)), got)
 
 
-@pytest.mark.parametrize("block", [1, 3, 4, 7, 8, 128])
+@pytest.mark.parametrize("block", [8, 16, 24, 128])
 def test_blocks_of_any_size_are_the_whole(block):
-    size = 8
+    size = 45
     q, k, v = draw(np.random.default_rng(1), size, size)
     seen = np.broadcast_to(np.tril(np.ones((size, size), bool)), (B, size, size))
-    blocked = jax.jit(causal_attention, static_argnames="block")
-    np.testing.assert_allclose(blocked(q, k, v, block), slow(q, k, v, seen), atol=1e-6)
+    got = jax.jit(blocked, static_argnames="block")(q, k, v, block)
+    np.testing.assert_allclose(got, slow(q, k, v, seen), atol=1e-6)
 
 
 def test_gradients_of_blocks_are_those_of_the_whole():
-    size = 7
+    size = 30
     q, k, v = draw(np.random.default_rng(2), size, size)
     position = jnp.broadcast_to(jnp.arange(size), (B, size))
 
@@ -66,8 +70,8 @@ def test_gradients_of_blocks_are_those_of_the_whole():
         return jax.jit(jax.grad(lambda qkv: jnp.sin(function(*qkv)).sum()))((q, k, v))
 
     whole = gradient(lambda q, k, v: attend(q, k, v, position, position))
-    for x, y in zip(gradient(lambda q, k, v: causal_attention(q, k, v, 3)), whole, strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-6)
+    for x, y in zip(gradient(lambda q, k, v: blocked(q, k, v, 8)), whole, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6 * np.abs(y).max())
 
 
 def test_bfloat16_leaves_as_bfloat16_and_is_summed_in_float32():
@@ -77,3 +81,95 @@ def test_bfloat16_leaves_as_bfloat16_and_is_summed_in_float32():
     assert got.dtype == jnp.bfloat16
     exact = causal_attention(*(x.astype(jnp.float32) for x in low))
     np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=2e-2)
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_a_chunk_against_a_cache_is_the_end_of_the_whole(chunk):
+    """Two rows with 0 and 1034 slots in use (more than one tile), the rest of the cache full of large numbers."""
+    slots, used, layer = 1100, np.array([0, 1034]), 1
+    rng = np.random.default_rng(4)
+    whole = draw(rng, slots, slots)
+    parts = [jnp.stack([x[b, used[b] : used[b] + chunk] for b in range(B)]) for x in whole]
+    there = np.arange(slots) < used[:, None]
+    caches = [jnp.full((3, *x.shape), 1e4).at[layer].set(jnp.where(there[..., None, None], x, 1e4)) for x in whole[1:]]
+    expected = [attend(*(x[b : b + 1] for x in whole), *2 * [jnp.arange(slots)[None]])[0] for b in range(B)]
+    for backend in ("reference", "blocked"):
+        got = jax.jit(functools.partial(cache_attention, backend=backend))(*parts, *caches, layer, jnp.asarray(used))
+        for b in range(B):
+            np.testing.assert_allclose(got[b], expected[b][used[b] : used[b] + chunk], atol=1e-6)
+
+
+def test_splash_is_the_reference():
+    """The TPU's kernel, interpreted: two rows of a length that needs padding, grouped heads."""
+    q, k, v = (
+        jnp.asarray(np.random.default_rng(5).normal(size=(2, 200, heads, 128)), jnp.float32) for heads in (4, 2, 2)
+    )
+
+    def run(function):
+        weighted = lambda *qkv: jnp.sum(jnp.sin(function(*qkv)))  # noqa: E731
+        return function(q, k, v), *jax.grad(weighted, (0, 1, 2))(q, k, v)
+
+    interpreted = functools.partial(attention.splash, interpret=True)
+    for x, y in zip(run(interpreted), run(functools.partial(causal_attention, backend="reference")), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6 * np.abs(y).max())
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As if the default device were a GPU; what is found out about its kernels is forgotten afterwards."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attention.fault.cache_clear()
+    yield monkeypatch
+    attention.fault.cache_clear()
+
+
+SHAPES = {"heads": 4, "kv_heads": 2, "width": 16, "dtype": jnp.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "complaint"),
+    [
+        (lambda q, k, v: attend(q, k, v, *2 * [jnp.zeros(q.shape[:2], jnp.int32)]), "out is off by"),  # not causal
+        (lambda q, k, v: (1 + 1e-6 * q.sum()) * attention.blocked(q, k, v), "is off by"),  # padding has a say
+        (lambda q, k, v: jax.lax.stop_gradient(attention.blocked(q, k, v)), "dq is off by"),
+        (lambda q, k, v: 1 / 0, "division by zero"),
+    ],
+)
+def test_a_kernel_that_is_wrong_is_left_out_with_one_warning(on_a_gpu, caplog, kernel, complaint):
+    on_a_gpu.setitem(attention._CAUSAL, "cudnn", kernel)
+    on_a_gpu.setattr(attention, "_cudnn_cache", lambda q, k, v, *rest: blocked_against(q, k, v, *rest))
+    with caplog.at_level(logging.WARNING):
+        # Inside a program that is being traced, where it is asked for.
+        names = []
+        jax.make_jaxpr(lambda x: names.append(attention.choose("auto", **SHAPES)) or x)(1.0)
+        assert names == [attention.choose("cudnn", **SHAPES)] == ["blocked"]
+    (line,) = caplog.messages
+    assert line.startswith("attention: cudnn is not used")
+    assert complaint in line
+    assert "\n" not in line
+
+
+def blocked_against(q, k, v, cache_k, cache_v, used):
+    return cache_attention(q, k, v, cache_k[None], cache_v[None], 0, used, "blocked")
+
+
+def test_a_kernel_that_is_right_is_used(on_a_gpu, caplog):
+    on_a_gpu.setitem(attention._CAUSAL, "cudnn", blocked)
+    on_a_gpu.setattr(attention, "_cudnn_cache", blocked_against)
+    assert attention.choose("auto", **SHAPES) == "cudnn"
+    assert attention.choose("auto", **SHAPES | {"dtype": jnp.float32}) == "blocked"  # cuDNN has 16 bits only
+    assert attention.choose("reference", **SHAPES) == "reference"
+    assert attention.choose("splash", **SHAPES) == "splash"  # for a device that is not here: nothing to check
+    assert not caplog.messages
+
+
+def test_merging_by_log_sum_exp_with_the_librarys_own_attention(monkeypatch):
+    """What the GPU does against a cache, with XLA in cuDNN's place."""
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *x, implementation, **more: plain(*x, implementation="xla", **more)
+    )
+    rng, used = np.random.default_rng(6), jnp.array([0, 7])
+    (q, k, v), (_, cache_k, cache_v) = draw(rng, 5, 5), draw(rng, 5, 12)
+    got = attention._cudnn_cache(q, k, v, cache_k, cache_v, used)
+    np.testing.assert_allclose(got, blocked_against(q, k, v, cache_k, cache_v, used), atol=1e-6)

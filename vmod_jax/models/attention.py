@@ -1,16 +1,48 @@
-"""Causal attention over tokens with positions, for grouped key/value heads.
+"""Causal attention with grouped key/value heads, by what each kind of device does best.
 
-`attend` is the plain reference, right for any positions and for caches; `causal_attention` is what training calls and
-never builds a mask over more than a block.
+`attend` is the plain reference, right for any positions. `causal_attention` (a sequence to itself) and
+`cache_attention` (a chunk to a cache and itself) compute the same by one of `BACKENDS`: "blocked" anywhere, in tiles
+that stay in a processor's cache; "cudnn" on a GPU; "splash" on a TPU. The libraries' kernels are compared with the
+reference before they are used, once a process, and left out with a warning where they fail or differ.
+
+All of them run over a sequence in stream order, padding last: causal order alone hides it, and no mask is passed.
 """
+
+import functools
+import logging
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+log = logging.getLogger(__name__)
 
 # The position of an empty cache slot: later than any query's, so it is never seen.
 NEVER = jnp.iinfo(jnp.int32).max
+
+# "auto" is the device's own: see `choose`.
+BACKENDS = ("auto", "reference", "blocked", "cudnn", "splash")
+
+# What remat="attention" keeps: outputs under this name, and cuDNN's kernel, whose residuals cannot be named.
+KEPT = "attention"
+_CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+
+BLOCK = 256  # queries and keys of a tile: logits of a few heads stay in a CPU core's L2
+CACHE_BLOCK = 512  # keys of a tile against a cache, where queries are few
+_HIDDEN = -1e30  # a hidden logit: finite, so that exp(hidden - hidden) in a tile's running maximum is no NaN
+
+
+def kept_by_remat(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """The policy of `jax.checkpoint` that keeps attention's output and log-sum-exp and computes the rest again."""
+    named = jax.checkpoint_policies.save_only_these_names(KEPT)
+    return named(primitive, *avals, **params) or primitive.name == _CUDNN_FORWARD
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
 
 
 def attend(q: Array, k: Array, v: Array, q_position: Array, k_position: Array) -> Array:
@@ -31,19 +63,308 @@ def attend(q: Array, k: Array, v: Array, q_position: Array, k_position: Array) -
     return out.reshape(batch, size, heads, width).astype(v.dtype)
 
 
-def causal_attention(q: Array, k: Array, v: Array, block: int | None = None) -> Array:
-    """Causal attention of a sequence to itself, in blocks of queries that read only the keys before their end.
+def _reference(q: Array, k: Array, v: Array) -> Array:
+    position = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    return checkpoint_name(attend(q, k, v, position, position), KEPT)
 
-    q: [B, T, H, h]; k, v: [B, T, K, h] -> [B, T, H, h]. About half the work of a masked square; equal to `attend` with
-    positions 0 .. T-1.
+
+# --- the two entries --------------------------------------------------------------------------------------------------
+
+
+def causal_attention(q: Array, k: Array, v: Array, backend: str = "auto") -> Array:
+    """Attention of a sequence to itself: q: [B, T, H, h]; k, v: [B, T, K, h] -> [B, T, H, h] in q's dtype.
+
+    Equal to `attend` with positions 0 .. T-1, for about half its work and without its T x T logits.
     """
-    batch, size = q.shape[:2]
-    chex.assert_shape([k, v], (batch, size, None, None))
-    block = block or max(128, -(-size // 16))  # at most 16 blocks are traced, whatever the length
-    out = []
-    for start in range(0, size, block):
-        stop = min(start + block, size)
-        q_position = jnp.broadcast_to(jnp.arange(start, stop), (batch, stop - start))
-        k_position = jnp.broadcast_to(jnp.arange(stop), (batch, stop))
-        out.append(attend(q[:, start:stop], k[:, :stop], v[:, :stop], q_position, k_position))
-    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
+    batch, size, heads, width = q.shape
+    chex.assert_shape([k, v], (batch, size, None, width))
+    return _CAUSAL[choose(backend, heads, k.shape[2], width, q.dtype)](q, k, v)
+
+
+def cache_attention(
+    q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array, layer: Array | int, used: Array, backend: str = "auto"
+) -> Array:
+    """Attention of a chunk to what a cache holds and, causally, to itself. Inference only: it has no gradient.
+
+    q: [B, C, H, h]; k, v: [B, C, K, h]; cache_k, cache_v: [layers, B, S, K, h], of which `layer`'s first
+    `used: i32[B]` slots count -> [B, C, H, h] in q's dtype.
+    """
+    batch, size, heads, width = q.shape
+    chex.assert_shape([cache_k, cache_v], (None, batch, None, k.shape[2], width))
+    name = choose(backend, heads, k.shape[2], width, q.dtype)
+    if name == "reference":
+        slots = jnp.arange(cache_k.shape[2])
+        before = jnp.where(slots < used[:, None], slots, NEVER)
+        after = used[:, None] + jnp.arange(size)
+        keys, values = (jnp.concatenate([stack[layer], x], 1) for stack, x in ((cache_k, k), (cache_v, v)))
+        return attend(q, keys, values, after, jnp.concatenate([before, after], 1))
+    if name == "cudnn":
+        return _cudnn_cache(q, k, v, cache_k[layer], cache_v[layer], used)
+    return _blocked_cache(q, k, v, cache_k, cache_v, layer, used)
+
+
+# --- blocked ----------------------------------------------------------------------------------------------------------
+# Tiles of rows (queries of all heads of a group, [B, K, G * b, h]) by keys [B, K, b, h], a running maximum and sum
+# over the tiles of a row. Products are written so that no operand is transposed on the way into a matrix product.
+
+
+def _dot(equation: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _to_rows(x: Array, blocks: int) -> Array:
+    """[B, K, G, T, ...] -> [blocks, B, K, G * b, ...]"""
+    batch, heads, groups, size, *rest = x.shape
+    x = jnp.moveaxis(x.reshape(batch, heads, groups, blocks, size // blocks, *rest), 3, 0)
+    return x.reshape(blocks, batch, heads, groups * (size // blocks), *rest)
+
+
+def _from_rows(x: Array, groups: int) -> Array:
+    blocks, batch, heads, rows, *rest = x.shape
+    x = jnp.moveaxis(x.reshape(blocks, batch, heads, groups, rows // groups, *rest), 0, 3)
+    return x.reshape(batch, heads, groups, -1, *rest)
+
+
+def _slice(x: Array, j: Array | int, size: int, axis: int = 2) -> Array:
+    return lax.dynamic_slice_in_dim(x, j * size, size, axis)
+
+
+def _online(state, logits: Array, values: Array):
+    """One more tile of keys: (maximum f32[B, K, R], sum f32[B, K, R], out f32[B, K, R, h]), f32[B, K, R, S]."""
+    top, total, out = state
+    new = jnp.maximum(top, logits.max(-1))
+    weights, scale = jnp.exp(logits - new[..., None]), jnp.exp(top - new)
+    out = out * scale[..., None] + _dot("bkts,bksh->bkth", weights.astype(values.dtype), values)
+    return new, total * scale + weights.sum(-1), out
+
+
+def _nothing(rows: Array):
+    """The state before the first tile for rows [B, K, R, h]."""
+    shape = rows.shape
+    return jnp.full(shape[:3], _HIDDEN, jnp.float32), jnp.zeros(shape[:3], jnp.float32), jnp.zeros(shape, jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _tiles(q: Array, k: Array, v: Array, block: int) -> Array:
+    """q: [B, K, G, T, h], scaled; k, v: [B, K, T, h]; T a multiple of block -> [B, K, G, T, h]."""
+    return _tiles_forward(q, k, v, block)[0]
+
+
+def _tiles_forward(q: Array, k: Array, v: Array, block: int):
+    groups, blocks = q.shape[2], q.shape[3] // block
+
+    def row(_, xs):
+        i, rows = xs
+
+        def tile(j, state, diagonal=False):
+            logits = _dot("bkth,bksh->bkts", rows, _slice(k, j, block))
+            if diagonal:
+                seen = jnp.arange(block) <= (jnp.arange(rows.shape[2]) % block)[:, None]
+                logits = jnp.where(seen, logits, _HIDDEN)
+            return _online(state, logits, _slice(v, j, block))
+
+        top, total, out = tile(i, lax.fori_loop(0, i, tile, _nothing(rows)), diagonal=True)
+        return None, ((out / total[..., None]).astype(q.dtype), top + jnp.log(total))
+
+    _, (out, lse) = lax.scan(row, None, (jnp.arange(blocks), _to_rows(q, blocks)))
+    out = checkpoint_name(_from_rows(out, groups), KEPT)
+    lse = checkpoint_name(_from_rows(lse, groups), KEPT)
+    return out, (q, k, v, out, lse)
+
+
+def _tiles_backward(block: int, kept, gradient: Array):
+    q, k, v, out, lse = kept
+    groups, blocks = q.shape[2], q.shape[3] // block
+    inner = (out.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(-1)
+    k_turned = jnp.swapaxes(k, 2, 3)
+
+    def row(carry, xs):
+        i, rows, d_out, lse, inner = xs
+
+        def tile(j, state, diagonal=False):  # logits as keys by queries: [B, K, b, G * b]
+            dq, dk, dv = state
+            logits = _dot("bksh,bkth->bkst", _slice(k, j, block), rows)
+            if diagonal:
+                seen = jnp.arange(block)[:, None] <= jnp.arange(rows.shape[2]) % block
+                logits = jnp.where(seen, logits, _HIDDEN)
+            weights = jnp.exp(logits - lse[:, :, None])
+            d_weights = _dot("bksh,bkth->bkst", _slice(v, j, block), d_out)
+            d_logits = (weights * (d_weights - inner[:, :, None])).astype(q.dtype)
+            add = lambda x, more: lax.dynamic_update_slice_in_dim(  # noqa: E731
+                x, _slice(x, j, block) + more, j * block, 2
+            )
+            return (
+                dq + _dot("bkhs,bkst->bkht", _slice(k_turned, j, block, axis=3), d_logits),
+                add(dk, _dot("bkst,bkth->bksh", d_logits, rows)),
+                add(dv, _dot("bkst,bkth->bksh", weights.astype(q.dtype), d_out)),
+            )
+
+        none = jnp.zeros((*rows.shape[:2], rows.shape[3], rows.shape[2]), jnp.float32)
+        dq, dk, dv = tile(i, lax.fori_loop(0, i, tile, (none, *carry)), diagonal=True)
+        return (dk, dv), jnp.swapaxes(dq, 2, 3)
+
+    xs = jnp.arange(blocks), *(_to_rows(x, blocks) for x in (q, gradient, lse, inner))
+    none = jnp.zeros(k.shape, jnp.float32)
+    (dk, dv), dq = lax.scan(row, (none, none), xs)
+    return _from_rows(dq, groups).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+_tiles.defvjp(_tiles_forward, _tiles_backward)
+
+
+def _group(q: Array, kv_heads: int) -> Array:
+    """Scaled queries by key/value head: [B, T, H, h] -> [B, K, G, T, h]."""
+    batch, size, heads, width = q.shape
+    q = (q * width**-0.5).reshape(batch, size, kv_heads, heads // kv_heads, width)
+    return q.transpose(0, 2, 3, 1, 4)
+
+
+def blocked(q: Array, k: Array, v: Array, block: int = BLOCK) -> Array:
+    batch, size, heads, width = q.shape
+    blocks = -(-size // block)
+    block = -(-size // blocks // 8) * 8 if blocks else block  # equal blocks, so that padding is short
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * block - size), (0, 0), (0, 0)))  # noqa: E731
+    q, k, v = pad(q), pad(k), pad(v)
+    out: Any = _tiles(_group(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), block)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, -1, heads, width)[:, :size]
+
+
+def _blocked_cache(q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array, layer, used: Array) -> Array:
+    """Only slots in use are read: the number of tiles is that of the batch's longest stream, not of the cache."""
+    batch, size, heads, width = q.shape
+    groups, slots = heads // k.shape[2], cache_k.shape[2]
+    block = min(CACHE_BLOCK, slots)
+    rows = _group(q, k.shape[2]).reshape(batch, k.shape[2], groups * size, width)
+    logits = _dot("bkth,bskh->bkts", rows, k)
+    seen = jnp.arange(size) <= (jnp.arange(groups * size) % size)[:, None]
+    state = _online(_nothing(rows), jnp.where(seen, logits, _HIDDEN), v.transpose(0, 2, 1, 3))
+
+    def tile(j, state):
+        start = jnp.minimum(j * block, slots - block)  # the last tile overlaps the one before
+
+        def take(stack):
+            return lax.dynamic_slice(stack, (layer, 0, start, 0, 0), (1, batch, block, *k.shape[2:]))[0]
+
+        slot = start + jnp.arange(block)
+        seen = (slot >= j * block) & (slot < used[:, None])
+        logits = jnp.where(seen[:, None, None], _dot("bkth,bskh->bkts", rows, take(cache_k)), _HIDDEN)
+        return _online(state, logits, take(cache_v).transpose(0, 2, 1, 3))
+
+    _, total, out = lax.fori_loop(0, -(-jnp.max(used) // block), tile, state)
+    out = (out / total[..., None]).reshape(batch, k.shape[2], groups, size, width)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+# --- the libraries' kernels -------------------------------------------------------------------------------------------
+
+
+def _cudnn(q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def _cudnn_cache(q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array, used: Array) -> Array:
+    """The cache's part and the chunk's own, each with its log-sum-exp, merged in float32."""
+    call: Any = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", return_residual=True)
+    whole = jnp.full(used.shape, q.shape[1], jnp.int32)
+    # A row of keys must not be empty; what one key too many adds is taken out again by its weight of zero.
+    there, there_lse = call(q, cache_k, cache_v, query_seq_lengths=whole, key_value_seq_lengths=jnp.maximum(used, 1))
+    own, own_lse = call(q, k, v, is_causal=True)
+    there_lse = jnp.where((used > 0)[:, None, None], there_lse.astype(jnp.float32), _HIDDEN)
+    weight = jax.nn.sigmoid(there_lse - own_lse.astype(jnp.float32))[..., None]
+    return (there.astype(jnp.float32) * weight + own.astype(jnp.float32) * (1 - weight)).astype(q.dtype)
+
+
+@functools.cache
+def _splash_kernel(groups: int, size: int, interpret: bool):
+    """The TPU kernel for one key/value head and its `groups` query heads; building its mask takes seconds at 60k."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    block = next(b for b in (512, 256, 128) if size % b == 0)
+    sizes: Any = dict.fromkeys(("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"), block)
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((size, size))] * groups)
+    with jax.ensure_compile_time_eval():  # its arrays are constants, wherever it is first asked for
+        return splash_attention_kernel.make_splash_mqa_single_device(
+            mask,
+            block_sizes=splash_attention_kernel.BlockSizes(**{f"block_{name}": size for name, size in sizes.items()}),
+            residual_checkpoint_name=KEPT,
+            interpret=interpret,
+        )
+
+
+def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
+    batch, size, heads, width = q.shape
+    padded = -(-size // 128) * 128
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, padded - size), (0, 0), (0, 0)))  # noqa: E731
+    kernel = _splash_kernel(heads // k.shape[2], padded, interpret)
+    rows, k, v = _group(pad(q), k.shape[2]), pad(k).transpose(0, 2, 1, 3), pad(v).transpose(0, 2, 1, 3)
+    out: Any = jax.vmap(jax.vmap(kernel))(rows, k, v)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, padded, heads, width)[:, :size].astype(q.dtype)
+
+
+_CAUSAL = {"reference": _reference, "blocked": blocked, "cudnn": _cudnn, "splash": splash}
+_PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
+
+
+# --- which one --------------------------------------------------------------------------------------------------------
+
+
+def choose(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> str:
+    """The back end that computes attention of these shapes here; known when a program is traced.
+
+    "auto" takes the device's kernel where it takes the shapes (cuDNN: 16 bits and widths of a multiple of 8; splash:
+    widths of a multiple of 128), else "blocked". A kernel on its own device is checked first (`fault`), and "blocked"
+    taken, with a warning, where it fails; on another device (a program compiled for one that is not here) it is not.
+    """
+    here, sixteen = jax.default_backend(), jnp.dtype(dtype).itemsize == 2
+    if backend == "auto":
+        fits = {"gpu": ("cudnn", sixteen and width % 8 == 0), "tpu": ("splash", width % 128 == 0)}
+        name, takes = fits.get(here, ("blocked", True))
+        backend = name if takes else "blocked"
+    checked = _PLATFORM.get(backend) == here
+    return "blocked" if checked and fault(backend, heads, kv_heads, width, jnp.dtype(dtype)) else backend
+
+
+@functools.cache
+def fault(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> str | None:
+    """Why a kernel must not be used, said once in a warning; None where it agrees with the reference.
+
+    Compared, forwards and backwards, on two packed rows of which one ends early in padding of large numbers, and in a
+    chunk against a cache; relative to the norm, at most 1e-2 (16 bits) or 1e-3 apart.
+    """
+    try:
+        with jax.ensure_compile_time_eval():
+            apart = _apart(backend, heads, kv_heads, width, dtype)
+        limit = 1e-2 if dtype.itemsize == 2 else 1e-3
+        wrong = [f"{name} is off by {value:.1e}" for name, value in apart.items() if not value <= limit]
+        reason = ", ".join(wrong) or None
+    except Exception as error:  # whatever a library or a driver throws
+        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    if reason:
+        log.warning("attention: %s is not used, a slower one is: %s", backend, reason)
+    return reason
+
+
+def _apart(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> dict[str, float]:
+    rng, size, end, chunk = np.random.default_rng(0), 256, 150, 40
+    real = np.arange(size) < np.array([[size], [end]])
+    shapes = [(2, size, count, width) for count in (heads, kv_heads, kv_heads)]
+    draw = lambda shape: np.where(real[..., None, None], rng.normal(size=shape), 100.0)  # noqa: E731
+    q, k, v = (jnp.asarray(draw(shape), dtype) for shape in shapes)
+    weight = jnp.asarray(np.where(real[..., None, None], rng.normal(size=shapes[0]), 0), jnp.float32)
+
+    def run(attention, *qkv) -> dict[str, Array]:
+        value = lambda *qkv: jnp.sum(attention(*qkv).astype(jnp.float32) * weight)  # noqa: E731
+        out = jax.jit(attention)(*qkv) * real[..., None, None]
+        return dict(zip(("out", "dq", "dk", "dv"), (out, *jax.jit(jax.grad(value, (0, 1, 2)))(*qkv)), strict=True))
+
+    got, exact = run(_CAUSAL[backend], q, k, v), run(_reference, *(x.astype(jnp.float32) for x in (q, k, v)))
+    if backend == "cudnn":
+        used = jnp.array([size, end])
+        against = lambda attention, *x: attention(*(y[:, :chunk] for y in x), *x[1:], used)  # noqa: E731
+        got["cache"] = jax.jit(functools.partial(against, _cudnn_cache))(q, k, v)
+        plain = lambda q, k, v, cache_k, cache_v, used: cache_attention(  # noqa: E731
+            q, k, v, cache_k[None], cache_v[None], 0, used, "reference"
+        )
+        exact["cache"] = against(plain, *(x.astype(jnp.float32) for x in (q, k, v)))
+    norm = lambda x: float(jnp.linalg.norm(x.astype(jnp.float32)))  # noqa: E731
+    return {name: norm(got[name].astype(jnp.float32) - exact[name]) / norm(exact[name]) for name in exact}

@@ -5,6 +5,8 @@ checkpoint does not know under which policy it will run. The layers run as one `
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -16,7 +18,7 @@ from jax import Array, lax
 
 from vmod_jax.errors import UserError
 from vmod_jax.models import kv_cache, layer_expert
-from vmod_jax.models.attention import NEVER, attend, causal_attention
+from vmod_jax.models.attention import NEVER, cache_attention, causal_attention, kept_by_remat
 from vmod_jax.models.depth import LayerSpec, Policy, Segment, num_kept, segments
 from vmod_jax.models.kv_cache import Cache
 from vmod_jax.models.layout import Layout, Slots, add_rows, compact, compaction_slots, take_rows
@@ -329,7 +331,14 @@ class Routed(NamedTuple):
     kept: Array
 
 
-REMAT = ("none", "full")
+# What the backward pass of a block computes again: nothing; all of it, from its (compacted) input; or all of it but
+# attention, whose output and log-sum-exp are kept.
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda block: block,
+    # A scan's body is not merged with another pass.
+    "full": functools.partial(jax.checkpoint, prevent_cse=False),
+    "attention": functools.partial(jax.checkpoint, prevent_cse=False, policy=kept_by_remat),
+}
 
 
 def run_layers(
@@ -344,10 +353,11 @@ def run_layers(
     cache: Cache | None = None,
     dropout_key: Array | None = None,
     replay: dict[int, Array] | None = None,
+    attention: str = "auto",
 ) -> tuple[Array, dict[int, Routed], Cache | None]:
     """All layers over a chunk `x: [B, T, d]`, a whole sequence or, with a cache, the next part of a stream.
 
-    remat: "none", or "full": backwards, each block is computed again from its (compacted) input.
+    remat: a name of `REMAT`; attention: a name of `attention.BACKENDS`.
     replay: kept indices i32[B, F, k] of routed layers to use in place of the selector's, by layer.
     Returns the hidden states [B, T, d], what each routed layer decided, and the cache with the chunk in it.
     """
@@ -356,7 +366,7 @@ def run_layers(
         raise UserError(f"unknown remat policy '{remat}': use one of {', '.join(REMAT)}")
     # What is the same in all layers that keep k tokens a frame: once, not once a layer.
     slots = {k: compaction_slots(layout, routing.n, k) for k in cache_kinds(policy, routing.n)}
-    rows = _Rows(stacked, layout, slots, config, routing, lora, remat, dropout_key, replay)
+    rows = _Rows(stacked, layout, slots, config, routing, lora, remat, dropout_key, replay, attention)
     decided: dict[int, Routed] = {}
     for segment in segments(policy):
         x, cache, routed = _run_segment(rows, segment, policy, x, cache)
@@ -376,6 +386,7 @@ class _Rows(NamedTuple):
     remat: str
     dropout_key: Array | None
     replay: dict[int, Array] | None
+    attention: str
 
 
 def cache_kinds(policy: Policy, n: int) -> tuple[int, ...]:
@@ -426,18 +437,18 @@ def _run_segment(rows: _Rows, segment: Segment, policy: Policy, x: Array, cache:
     return x, None if cache is None else cache._replace(stacks=stacks), named
 
 
-def _attention(stack, row, position: Array, valid: Array):
+def _attention(rows: _Rows, stack, row, position: Array, valid: Array):
     """Attention of a layer: causal over the chunk itself or, with a cache, over what it holds and then the chunk.
 
     -> function (q, k, v) -> (out, stack)
     """
     if stack is None:
-        return lambda q, k, v: (causal_attention(q, k, v), None)
+        return lambda q, k, v: (causal_attention(q, k, v, rows.attention), None)
 
     def cached(q, k, v):
         grown = kv_cache.write(stack, row, k, v, jnp.where(valid, position, NEVER))
-        out = attend(q, grown.key[row], grown.value[row], position, grown.position[row])
-        return out, grown
+        # What was in use before is read from the grown cache: reading the old one would keep it from being donated.
+        return cache_attention(q, k, v, grown.key, grown.value, row, stack.used, rows.attention), grown
 
     return cached
 
@@ -456,14 +467,12 @@ def _full_layer(rows: _Rows, spec: LayerSpec, j: int, params, x, layer, stack, r
     layout = rows.layout
 
     def block(params, x):
-        attention = _attention(stack, row, layout.position, layout.valid)
+        attention = _attention(rows, stack, row, layout.position, layout.valid)
         return block_update(
             _one(params, j), x, layout.position, attention, rows.config, rows.lora, _dropout_key(rows, layer)
         )
 
-    if rows.remat == "full":
-        block = jax.checkpoint(block, prevent_cse=False)  # a scan's body is not merged with another pass
-    update, stack = block(params, x)
+    update, stack = REMAT[rows.remat](block)(params, x)
     return x + update, stack, None
 
 
@@ -486,7 +495,7 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, j: int, params, x, layer, stack,
 
     def block(params, x_kept):
         params = _one(params, j)
-        attention = _attention(stack, row, position, valid)
+        attention = _attention(rows, stack, row, position, valid)
         # RoPE of empty slots: any finite angle will do.
         rope_position = jnp.where(valid, position, 0)
         update, new_stack = block_update(
@@ -498,10 +507,8 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, j: int, params, x, layer, stack,
             update = (update.astype(jnp.float32) * factor[..., None]).astype(update.dtype)
         return update, new_stack
 
-    if rows.remat == "full":
-        block = jax.checkpoint(block, prevent_cse=False)  # a scan's body is not merged with another pass
     # The checkpoint saves the compacted rows, not the whole sequence.
-    update, stack = block(params, take_rows(x, packed.index, packed.inverse))
+    update, stack = REMAT[rows.remat](block)(params, take_rows(x, packed.index, packed.inverse))
     return add_rows(x, update, packed.index, packed.inverse), stack, routed
 
 

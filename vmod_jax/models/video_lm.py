@@ -16,6 +16,7 @@ from jax import Array
 
 from vmod_jax.errors import UserError
 from vmod_jax.models import kv_cache
+from vmod_jax.models.attention import BACKENDS
 from vmod_jax.models.connector import Connector
 from vmod_jax.models.depth import LayerSpec, Policy, num_kept
 from vmod_jax.models.kv_cache import Cache
@@ -47,6 +48,7 @@ class VideoLMConfig:
     vision: None where frames come as features only; vision_hidden_size: d_v of those features
     cls, grid: a frame is its CLS token (if cls) and h x w pooled patches; frame_token_id: of the frame's place in text
     policy: one LayerSpec a layer; gate, always_keep_last, router_seed: see `llama.Routing`
+    remat, attention: names of `llama.REMAT` and of `attention.BACKENDS`
     dtype: of the computation; param_dtype: of frozen base weights (LoRA, connector and experts are float32)
     """
 
@@ -64,6 +66,7 @@ class VideoLMConfig:
     router_seed: int = 0
     lora: LoraConfig = NO_LORA
     remat: str = "none"
+    attention: str = "auto"
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -73,6 +76,7 @@ class VideoLMConfig:
         for name, value, allowed in (
             ("gate", self.gate, GATES),
             ("remat", self.remat, REMAT),
+            ("attention", self.attention, BACKENDS),
             ("dtype", self.dtype, DTYPES),
             ("param_dtype", self.param_dtype, DTYPES),
         ):
@@ -182,7 +186,7 @@ class VideoLM(nn.Module):
         dropout_key = self.make_rng("dropout") if self.has_rng("dropout") else None
         x, routed, cache = run_layers(
             self.llama.stacked_layers(), x, layout, c.policy, c.llama, c.routing, c.lora, c.remat, cache,
-            dropout_key, replay,
+            dropout_key, replay, c.attention,
         )  # fmt: skip
         for layer, decision in routed.items():
             self.sow("intermediates", f"routing_{layer}", decision)

@@ -39,7 +39,7 @@ def defaults() -> Config:
     config.policy = "interleaved"  # a name of models/depth.py, or "explicit": model.routed_layers
     config.keep = 0.2  # share of a frame's tokens that a routed layer computes
     config.gate = "raw"
-    config.remat = "none"  # to save memory: "full", blocks are computed again on the way back, or "attention", all but that
+    config.remat = "none"  # "full": blocks are computed again on the way back, saving memory; "attention": all but that
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})  # -1: the devices that are left
 
