@@ -182,7 +182,7 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
 
     # --- loop ---------------------------------------------------------------------------------------------------------
     step_function = make_step(model, optimizer, state, mesh, config.accumulate)
-    evaluate = make_evaluation(model)
+    evaluate = make_evaluation(model, mesh)
     compiled: dict[tuple, Any] = {}  # one a bucket
     step, values, compile_seconds, pace = start, {}, 0.0, []
     began = last = time.perf_counter()
@@ -261,16 +261,17 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
-def make_loss(model: VideoLM) -> Any:
+def make_loss(model: VideoLM, mesh: Mesh) -> Any:
     """(trained, frozen, batch, rngs) -> (loss, {lm_loss, stream_loss, labels}), all f32[]: see `objective.loss`."""
 
     def loss(
         trained: Tree, frozen: Tree, batch: dict[str, jax.Array], rngs: dict[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         variables = {"params": merge(trained, frozen)}
-        hidden, _ = model.apply(
-            variables, batch["input_ids"], batch["frames"], length=batch["length"], rngs=rngs, method="hidden"
-        )
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the model places its activations by it
+            hidden, _ = model.apply(
+                variables, batch["input_ids"], batch["frames"], length=batch["length"], rngs=rngs, method="hidden"
+            )
         labelled = objective.gather_labelled(hidden, batch["label_pos"])
         logits: Any = model.apply(variables, labelled, method="logits")
         return objective.loss(logits, batch["label"], batch["label_weight"], batch["label_is_stream"])
@@ -287,7 +288,7 @@ def make_step(
     are those of the whole batch, in the memory of one part.
     """
     dropout = model.config.lora.rank and model.config.lora.dropout
-    gradient_of_loss = jax.value_and_grad(make_loss(model), has_aux=True)
+    gradient_of_loss = jax.value_and_grad(make_loss(model, mesh), has_aux=True)
 
     def one(state: State, frozen: Tree, batch: dict[str, jax.Array], key: jax.Array) -> tuple[dict, Tree]:
         (value, parts), gradient = gradient_of_loss(state.trained, frozen, batch, {"dropout": key} if dropout else {})
@@ -330,9 +331,9 @@ def label_counts(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     }
 
 
-def make_evaluation(model: VideoLM) -> Any:
+def make_evaluation(model: VideoLM, mesh: Mesh) -> Any:
     """(trained, frozen, batch) -> (loss f32[], labels f32[]) without dropout."""
-    loss = make_loss(model)
+    loss = make_loss(model, mesh)
 
     def evaluation(trained: Tree, frozen: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         value, parts = loss(trained, frozen, batch, {})

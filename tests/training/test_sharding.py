@@ -18,7 +18,7 @@ MESH = AbstractMesh((2, 2, 1, 2), ("data", "fsdp", "context", "tensor"))
         ("llama/embed/embedding", (64, 32), ("tensor", "fsdp")),
         ("llama/embed/embedding", (63, 32), (None, "fsdp")),  # an axis that does not divide stays whole
         ("llama/layers/q/kernel", (4, 32, 64), (None, "fsdp", "tensor")),
-        ("llama/layers/o/lora_a", (4, 64, 8), (None, "tensor", None)),
+        ("llama/layers/o/lora_a", (4, 64, 8), (None, "tensor", "fsdp")),
         ("optimizer/1/mu/llama/layers/down/kernel", (4, 128, 32), (None, "tensor", "fsdp")),
         ("llama/head/kernel", (32, 64), ("fsdp", "tensor")),
         ("connector/in/kernel", (12, 32), (None, "fsdp")),

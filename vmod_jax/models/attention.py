@@ -19,6 +19,8 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from vmod_jax.models.placement import by_heads
+
 log = logging.getLogger(__name__)
 
 # The position of an empty cache slot: later than any query's, so it is never seen.
@@ -78,7 +80,8 @@ def causal_attention(q: Array, k: Array, v: Array, backend: str = "auto") -> Arr
     """
     batch, size, heads, width = q.shape
     chex.assert_shape([k, v], (batch, size, None, width))
-    return _CAUSAL[choose(backend, heads, k.shape[2], width, q.dtype)](q, k, v)
+    name = choose(backend, heads, k.shape[2], width, q.dtype)
+    return (by_heads(splash) if name == "splash" else _CAUSAL[name])(q, k, v)
 
 
 def cache_attention(

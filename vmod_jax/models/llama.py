@@ -22,6 +22,7 @@ from vmod_jax.models.attention import NEVER, cache_attention, causal_attention, 
 from vmod_jax.models.depth import LayerSpec, Policy, Segment, num_kept, segments
 from vmod_jax.models.kv_cache import Cache
 from vmod_jax.models.layout import Layout, Slots, add_rows, compact, compaction_slots, take_rows
+from vmod_jax.models.placement import by_rows
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -413,6 +414,7 @@ def _run_segment(rows: _Rows, segment: Segment, policy: Policy, x: Array, cache:
 
     def step(carry, xs):
         x, stacks = carry
+        x = by_rows(x)
         params, layer, row, replay = xs
         decided = []
         for j, spec in enumerate(segment.unit):

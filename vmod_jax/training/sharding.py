@@ -1,11 +1,13 @@
 """Where arrays live: one mesh, one table.
 
 The mesh has four axes. `data` and `fsdp` split the batch; `fsdp` also splits every large parameter (and with it the
-optimiser's state) along its embedding axis; `tensor` splits heads, MLP width and vocabulary; `context` is reserved for
-the token axis. XLA's partitioner derives every collective from the placements that follow from the table.
+optimiser's state) along its embedding axis, or LoRA's rank where there is none; `tensor` splits heads, MLP width and
+vocabulary; `context` is reserved for the token axis. XLA's partitioner derives every collective from the placements
+that follow from the table, and from the rows of the activations (`models/placement.py`).
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,42 +24,52 @@ PARAMETERS = (
     (r"llama/embed/embedding$", ("vocab", "embed")),
     (r"llama/head/kernel$", ("embed", "vocab")),
     (r"llama/head/lora_a$", ("embed", None)),
-    (r"llama/head/lora_b$", (None, "vocab")),
+    (r"llama/head/lora_b$", ("rank", "vocab")),
     (r"layers/(q|k|v)/kernel$", ("layer", "embed", "heads")),
     (r"layers/(q|k|v)/lora_a$", ("layer", "embed", None)),
-    (r"layers/(q|k|v)/lora_b$", ("layer", None, "heads")),
+    (r"layers/(q|k|v)/lora_b$", ("layer", "rank", "heads")),
     (r"layers/o/kernel$", ("layer", "heads", "embed")),
-    (r"layers/o/lora_a$", ("layer", "heads", None)),
+    (r"layers/o/lora_a$", ("layer", "heads", "rank")),
     (r"layers/o/lora_b$", ("layer", None, "embed")),
     (r"layers/(gate|up)/kernel$", ("layer", "embed", "mlp")),
     (r"layers/(gate|up)/lora_a$", ("layer", "embed", None)),
-    (r"layers/(gate|up)/lora_b$", ("layer", None, "mlp")),
+    (r"layers/(gate|up)/lora_b$", ("layer", "rank", "mlp")),
     (r"layers/down/kernel$", ("layer", "mlp", "embed")),
-    (r"layers/down/lora_a$", ("layer", "mlp", None)),
+    (r"layers/down/lora_a$", ("layer", "mlp", "rank")),
     (r"layers/down/lora_b$", ("layer", None, "embed")),
     (r"connector/(in|out)/kernel$", (None, "embed")),
 )
 
 # Logical axis -> mesh axes. (`heads` is heads x head_dim: `mesh` sees to it that a head is never cut.)
-LOGICAL = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", "layer": None, None: None}
+LOGICAL = {
+    "embed": "fsdp",
+    "rank": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layer": None,
+    None: None,
+}
 
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(sizes: Any, batch_size: int, heads: int, kv_heads: int) -> Mesh:
+def make_mesh(sizes: Any, batch_size: int, heads: int, kv_heads: int, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a config's `mesh` section: sizes of data, fsdp, context and tensor; -1 once: whatever is left.
+
+    devices: to use in place of all there are, such as those of a machine that is elsewhere.
 
     Raises UserError when it fits neither the devices nor the batch nor the model's heads.
     """
     shape = {axis: int(sizes[axis]) for axis in AXES}
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     given = int(np.prod([size for size in shape.values() if size != -1]))
     wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in shape.items())
     if any(size < 1 and size != -1 for size in shape.values()) or list(shape.values()).count(-1) > 1:
         raise UserError(f"{wanted}: every size must be 1 or more, and -1 (what is left) may stand once")
-    shape = {axis: devices // given if size == -1 else size for axis, size in shape.items()}
-    if int(np.prod(list(shape.values()))) != devices:
-        raise UserError(f"{wanted} does not fit {devices} device(s): the product of the sizes must be {devices}")
+    shape = {axis: count // given if size == -1 else size for axis, size in shape.items()}
+    if int(np.prod(list(shape.values()))) != count:
+        raise UserError(f"{wanted} does not fit {count} device(s): the product of the sizes must be {count}")
     if shape["context"] > 1:
         raise UserError(
             f"mesh.context={shape['context']}: splitting the token axis is not there yet, use mesh.context=1"
@@ -68,7 +80,7 @@ def make_mesh(sizes: Any, batch_size: int, heads: int, kv_heads: int) -> Mesh:
     for name, number in (("heads", heads), ("key/value heads", kv_heads)):
         if number % shape["tensor"]:
             raise UserError(f"the model's {number} {name} do not divide over mesh.tensor={shape['tensor']}")
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(shape.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
