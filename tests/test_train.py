@@ -1,21 +1,30 @@
 """Training as a user runs it: stop and resume, starting from another model, mistakes."""
 
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import vmod_jax
 from vmod_jax import workdir
+from vmod_jax.data.pipeline import batches, make_buckets, open_streams
 from vmod_jax.errors import UserError
-from vmod_jax.train import main, parse, train
+from vmod_jax.models.video_lm import VideoLM
+from vmod_jax.train import State, main, make_step, parse, train
+from vmod_jax.training import config as configuration
 from vmod_jax.training.checkpoint import load_params, save_params
-from vmod_jax.training.metrics import read_metrics
+from vmod_jax.training.metrics import MetricsLog, read_metrics
 from vmod_jax.training.optimizer import flatten
+from vmod_jax.training.sharding import make_mesh
 
 TINY = f"--config={Path(__file__).resolve().parents[1] / 'configs' / 'tiny.py'}"
 
@@ -142,6 +151,12 @@ def test_mistakes_in_a_configuration(config, tmp_path):
         run(init_from=str(tmp_path))
     with pytest.raises(UserError, match=r"longer than the model's 64 positions"):
         run(**{"model.max_position_embeddings": 64})
+    with pytest.raises(UserError, match="x accumulate = 3"):
+        run(accumulate=3)
+    with pytest.raises(UserError, match=r"config.profile=\(3, 2\): give \(first, last\)"):
+        run(profile=(3, 2))
+    with pytest.raises(UserError, match="folder in which that bucket is mounted"):
+        train(config, "gs://bucket/run")
     unknown = type(config)(config.to_dict() | {"sead": 1})
     with pytest.raises(UserError, match=r"did you mean config\.seed"):
         train(unknown, tmp_path / "x")
@@ -153,6 +168,127 @@ def test_an_imported_folder_is_no_place_to_train(whole, config, tmp_path):
     save_params(tmp_path, load_params(whole[0]))
     with pytest.raises(UserError, match="start a new run from it with init_from"):
         train(config, tmp_path)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops(whole, config, tmp_path, monkeypatch, number, code):
+    advance = MetricsLog.advance
+
+    def signalled(log):
+        advance(log)
+        if log.bar.n == 2:
+            signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "advance", signalled)
+        summary = train(config, tmp_path)
+    assert (summary.step, summary.exit_code) == (2, code)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    assert signal.getsignal(number) is before
+    summary = train(config, tmp_path, stop_at=3)
+    assert (summary.step, summary.exit_code) == (3, 0)
+    assert _losses(tmp_path) == _losses(whole[0])[:3]
+
+
+def test_sigterm_before_the_first_step(tmp_path, monkeypatch):
+    """Nothing is lost, and the launcher is told to run it again."""
+    monkeypatch.setattr("vmod_jax.train.train", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as end:
+        main([TINY, f"--workdir={tmp_path}"])
+    assert end.value.code == 75
+
+
+def test_what_a_run_may_change_when_it_goes_on(config, tmp_path, capsys):
+    train(config, tmp_path, stop_at=1)
+
+    def again(**changes):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict(changes)
+        return train(other, tmp_path, stop_at=2)
+
+    for key, value in (("seed", 1), ("batch_size", 4), ("data.stream_weight", 0.5), ("data.max_frames", 12)):
+        with pytest.raises(UserError, match=rf"began with other batches: {key} is .* there, {value} here"):
+            again(**{key: value})
+    with pytest.raises(UserError, match=r"data.seed is 0 there, 1 here.*data.max_frames is 16 there, 12 here"):
+        again(**{"data.seed": 1, "data.max_frames": 12})
+    capsys.readouterr()
+    assert again(steps=9, **{"data.prefetch": 1, "optimizer.clip": 2.0}).step == 2
+    said = capsys.readouterr().out
+    assert "with changes: " in said
+    for line in ("steps is 8 there, 9 here", "data.prefetch is 2 there, 1 here", "optimizer.clip is 1.0 there, 2.0"):
+        assert line in said
+    assert workdir.read_config(tmp_path)["steps"] == 9
+
+
+def test_evaluation_in_training(whole, config, tmp_path):
+    """It changes nothing of the run; its loss is that of the saved parameters; the best checkpoint stays."""
+    other = config.copy_and_resolve_references()
+    other.eval_every, other.keep_checkpoints = 2, 1
+    other.profile = (2, 3)
+    train(other, tmp_path, stop_at=5)
+    train(other, tmp_path)
+    assert _losses(tmp_path) == _losses(whole[0])
+    found = {line["step"]: line["val_loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in line}
+    assert list(found) == [2, 4, 6, 8]
+    best = min(found, key=lambda step: found[step])
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {str(best), "8"}
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+    # The same number from the model itself: the one stream of the split, as often as a batch has rows.
+    lm = vmod_jax.load(tmp_path, step=8)
+    streams = open_streams(other.data, "val", 24)
+    (bucket,) = make_buckets(other.data.buckets, open_streams(other.data, "train", 24), lm.fmt, other.data.max_frames)
+    (batch,) = itertools.islice(batches(streams, lm.fmt, [bucket], 2, seed=0), 1)
+    logits = lm.logits(batch["input_ids"], batch["frames"])[0][batch["label_pos"][0] % batch["input_ids"].shape[1]]
+    log_p = jax.nn.log_softmax(logits)
+    there = batch["label"][0] >= 0
+    expected = -log_p[np.arange(len(there)), np.maximum(batch["label"][0], 0)] * batch["label_weight"][0]
+    np.testing.assert_allclose(found[8], expected[there].mean(), rtol=1e-5)
+
+
+def test_accumulation_is_the_whole_batch():
+    """Losses and gradient, where labels are spread unevenly over the parts and one part has none."""
+    from tiny_models import D_V, VOCAB, make_config, make_params
+
+    config = make_config("all")
+    params, (n, rows, frames, text, labels) = make_params(config), (config.tokens_per_frame, 8, 2, 6, 5)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, VOCAB, (rows, text + n * frames))
+    ids[:, 2 : 2 + n] = ids[:, 4 + n : 4 + 2 * n] = VOCAB
+    label = rng.integers(0, VOCAB, (rows, labels))
+    label[rng.random(label.shape) < 0.4] = -100
+    label[[1, 5]] = -100  # the second of four parts
+    batch = {
+        "input_ids": ids.astype(np.int32),
+        "frames": rng.normal(size=(rows, frames, n, D_V)).astype(np.float32),
+        "length": np.full(rows, ids.shape[1], np.int32),
+        "label_pos": np.tile(np.arange(labels, dtype=np.int32) * 4, (rows, 1)),
+        "label": label.astype(np.int32),
+        "label_weight": rng.random(label.shape).astype(np.float32),
+        "label_is_stream": rng.random(label.shape) < 0.5,
+    }
+    keep = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, s, p: (s, g))
+    mesh = make_mesh(configuration.defaults().mesh, rows, 8, 2)
+
+    def gradient_and_losses(accumulate):
+        state = State(jax.tree.map(jnp.copy, params), keep.init(params), jax.random.key_data(jax.random.key(0)))
+        new, losses = make_step(VideoLM(config), keep, state, mesh, accumulate)(state, {}, batch, 0)
+        return flatten(new.optimizer), losses
+
+    (expected, losses), (got, in_parts) = gradient_and_losses(1), gradient_and_losses(4)
+    for name, value in losses.items():
+        np.testing.assert_allclose(in_parts[name], value, rtol=1e-6, err_msg=name)
+    for path, x in expected.items():
+        assert np.asarray(x).any(), path
+        np.testing.assert_allclose(got[path], x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=path)
+
+
+def test_a_process_that_does_not_know_the_others(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID too"):
+        main([TINY, f"--workdir={tmp_path}"])
 
 
 @pytest.mark.slow

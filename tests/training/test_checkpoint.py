@@ -41,6 +41,39 @@ def test_everything_comes_back(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_the_best_is_kept_beside_the_latest(tmp_path):
+    params, state = _run(0)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.best() is None
+        for step, val_loss in enumerate((0.5, 0.3, 0.4, None, 0.6, None), 1):
+            checkpoints.save(step, params, state, {}, val_loss)
+            checkpoints.wait()
+        assert checkpoints.best() == (2, 0.3)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:  # as a run that goes on would
+        assert checkpoints.best() == (2, 0.3)
+        checkpoints.save(7, params, state, {}, 0.4)
+        checkpoints.wait()
+        assert checkpoints.best() == (2, 0.3)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "6", "7"]
+
+
+def test_what_a_killed_save_left_is_no_checkpoint(tmp_path):
+    """An unfinished save lies under another name: a reader does not see it, who trains on removes it."""
+    params, state = _run(0)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, params, state, {})
+    left = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "params").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 1
+    assert left.exists()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest() == 1
+        checkpoints.save(2, params, state, {})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
 def test_parameters_alone(tmp_path):
     params, _ = _run(0)
     save_params(tmp_path, params)

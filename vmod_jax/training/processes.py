@@ -7,8 +7,8 @@ that there are several:
     Slurm              found by JAX, in tasks that srun started (one task a GPU)
     elsewhere          JAX_COORDINATOR_ADDRESS=HOST:PORT of process 0, JAX_NUM_PROCESSES, JAX_PROCESS_ID
 
-A process that dies takes the others with it, within HEARTBEAT seconds at the latest: JAX's coordination service ends
-them (signal 6) where no collective has failed before. What ended was saved up to the last checkpoint.
+A process that dies takes the others with it: a collective fails, or JAX's coordination service misses its heartbeat,
+and at the latest HEARTBEAT seconds later the others are ended (signal 6). All go on from the last checkpoint.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from vmod_jax.errors import UserError
 PREEMPTED = 75  # exit code after SIGTERM: saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130  # exit code after SIGINT: saved; nobody starts it again but the user
 
-HEARTBEAT = 60  # seconds of silence after which a process counts as dead
+HEARTBEAT = 30  # seconds of silence after which a process counts as dead, and that an ended one waits for the others
 
 
 def join() -> None:
@@ -47,7 +47,7 @@ def join() -> None:
         given = {"coordinator_address": address, "num_processes": int(number), "process_id": int(index)}
         given["cluster_detection_method"] = "deactivate"
     try:
-        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT)
     except ValueError as error:
         if address or slurm:
             raise UserError(f"the processes of this run cannot be connected: {error}") from error
