@@ -4,11 +4,28 @@ import json
 
 import pytest
 
+from vmod_jax import demo as module
 from vmod_jax.demo import METRICS, POLICIES, demo, demo_config
+from vmod_jax.train import Summary
 
-pytestmark = pytest.mark.slow
+
+def test_a_signal_stops_the_whole_job(tmp_path, monkeypatch):
+    trained = []
+
+    def stopped(config, workdir):
+        trained.append(workdir.name)
+        return Summary(1, None, 0.0, None, 0.0, 0, 0, exit_code=75)
+
+    monkeypatch.setattr(module, "train", stopped)
+    config = demo_config()
+    config.data.train_videos, config.data.val_videos, config.data.test_videos = 1, 0, 1
+    with pytest.raises(SystemExit) as ended:
+        demo(tmp_path, config)
+    assert ended.value.code == 75
+    assert trained == ["base"]
 
 
+@pytest.mark.slow
 def test_the_main_job_writes_its_report(tmp_path, capsys):
     config = demo_config()
     config.steps, config.checkpoint_every = 4, 4

@@ -25,7 +25,7 @@ from vmod_jax.models.flops import kept_counts, linear_flops
 from vmod_jax.report import write_report
 from vmod_jax.stream import Streamed, stream_video
 from vmod_jax.streaming.session import Turn
-from vmod_jax.train import train
+from vmod_jax.train import Summary, train
 from vmod_jax.training.config import defaults
 from vmod_jax.training.metrics import read_metrics
 
@@ -51,7 +51,8 @@ def demo(out: Path, config: Any, base_steps: int = BASE_STEPS) -> dict[str, Any]
     banner("train: base")
     base = config.copy_and_resolve_references()
     base.policy, base.steps, base.optimizer.learning_rate = "full", base_steps, 2 * config.optimizer.learning_rate
-    base_summary = train(base, out / "base")
+    base.data.stream_weight = 1.0  # from nothing, *when* is learned after *what*: weighed more it is not learned at all
+    base_summary = train_to_the_end(base, out / "base")
 
     # --- train and evaluate, the method and the baseline --------------------------------------------------------------
     policies, curves, scores = {}, {}, {}
@@ -59,7 +60,7 @@ def demo(out: Path, config: Any, base_steps: int = BASE_STEPS) -> dict[str, Any]
     for policy in POLICIES:
         banner(f"train: {policy}, from the base")
         config.policy = policy
-        summary = train(config, out / policy)
+        summary = train_to_the_end(config, out / policy)
         curves[policy] = read_metrics(out / policy / "metrics.jsonl")
         banner(f"evaluate on unseen videos: {policy}")
         scores[policy] = evaluate(out / policy)
@@ -110,7 +111,7 @@ def demo(out: Path, config: Any, base_steps: int = BASE_STEPS) -> dict[str, Any]
 
 
 def demo_config() -> Any:
-    """4 layers, d = 96, all of it trained; 512 videos of 8 to 12 seconds."""
+    """4 layers, d = 96, all of it trained; 1024 videos of 8 to 12 seconds."""
     config: Any = defaults()
     config.steps = 600
     config.batch_size = 4
@@ -130,14 +131,24 @@ def demo_config() -> Any:
     config.model.vision.image_size = 48
     config.model.vision.patch_size = 6
 
-    config.data.train_videos = 512
+    config.data.train_videos = 1024
     config.data.val_videos = 8
-    config.data.test_videos = 32
+    config.data.test_videos = 64
     config.data.eval_split = "test"
+    config.data.stream_weight = 3.0  # *when* to speak is the harder half of this world
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.train_base = True
+    config.optimizer.rates.expert = 20.0  # its gradient comes through the gate alone, 0.2 of it with tanh
     return config
+
+
+def train_to_the_end(config: Any, workdir: Path) -> Summary:
+    """`train`; a signal that stops it stops the whole job, which the same command takes up again."""
+    summary = train(config, workdir)
+    if summary.exit_code:
+        raise SystemExit(summary.exit_code)
+    return summary
 
 
 def banner(text: str) -> None:
