@@ -1,0 +1,364 @@
+"""`vmod bench aot`: the training step of full-size models compiled for TPUs that are not here.
+
+XLA's TPU compiler runs anywhere. What it says about a step is what that step will need on the device: bytes of each
+chip's memory, and every collective. Nothing is run, so there are no times but the compiler's own.
+
+The compiler is the library libtpu, for which no TPU has to be there. Beside an installed `jax[tpu]` nothing is needed;
+without one, and without making every other program look for a TPU:
+
+    pip install --no-deps --target DIR 'libtpu==0.0.42.*'        (the version that `pip show -v jax` names for tpu)
+    TPU_LIBRARY_PATH=DIR/libtpu/libtpu.so vmod bench aot
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from vmod_jax.bench import row
+from vmod_jax.errors import UserError
+from vmod_jax.models.depth import make_policy
+from vmod_jax.models.flops import LLAMA_3_8B, formula_ratio, kept_counts, step_flops
+from vmod_jax.models.llama import LlamaConfig, LoraConfig
+from vmod_jax.models.video_lm import VideoLM, VideoLMConfig
+from vmod_jax.train import abstract_state, make_step
+from vmod_jax.training.config import defaults
+from vmod_jax.training.optimizer import make_optimizer, trained_groups
+from vmod_jax.training.sharding import AXES, BATCH, make_mesh
+
+LLAMA_3_70B = dataclasses.replace(
+    LLAMA_3_8B, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
+)
+MODELS = {"8b": LLAMA_3_8B, "70b": LLAMA_3_70B}
+GRIDS = {10: (3, 3), 50: (7, 7)}
+TEXT = 2000  # text tokens of a row
+RANK = 128
+
+
+class Target(NamedTuple):
+    """A slice as Google names it. (A v5p's number counts cores: v5p-8 has 4 chips.)"""
+
+    topology: str
+    chips: int
+    hbm_gib: int  # of a chip
+
+
+TARGETS = {
+    "v5e-16": Target("v5e:4x4", 16, 16),
+    "v6e-8": Target("v6e:2x4", 8, 32),
+    "v5p-8": Target("v5p:2x2x1", 4, 95),
+    "v5p-32": Target("v5p:2x2x4", 16, 95),
+    "v5p-128": Target("v5p:4x4x4", 64, 95),
+}
+
+
+class Case(NamedTuple):
+    """A training step. mesh: sizes of data, fsdp, context, tensor; rows: streams of a batch, over all chips."""
+
+    model: str
+    target: str
+    frames: int
+    tokens: int  # of a frame
+    mesh: tuple[int, int, int, int]
+    rows: int
+    remat: str = "attention"
+
+
+CASES = {
+    "8b-v5e-16-600x10": Case("8b", "v5e-16", 600, 10, (1, 16, 1, 1), 16),
+    "8b-v6e-8-600x10": Case("8b", "v6e-8", 600, 10, (1, 8, 1, 1), 8),
+    "8b-v5p-8-600x10": Case("8b", "v5p-8", 600, 10, (1, 4, 1, 1), 4),
+    "8b-v5p-8-1200x50": Case("8b", "v5p-8", 1200, 50, (1, 4, 1, 1), 4),
+    "70b-v5p-128-600x10": Case("70b", "v5p-128", 600, 10, (1, 64, 1, 1), 64),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"which ones (all): {', '.join(CASES)}")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Compiles each case under the method and under full compute, and holds one against the other.
+
+    --quick: with the compiler's least effort, and where no case is named the first alone. What such a step needs is
+    close to, but not, what a training run's needs.
+    """
+    unknown = [name for name in args.cases if name not in CASES]
+    if unknown:
+        raise UserError(f"there is no case {unknown[0]}: use {', '.join(CASES)}")
+    rows, compiles = [], []
+    for name in args.cases or list(CASES)[: 1 if args.quick else None]:
+        pair = {policy: compile_step(CASES[name], policy, -1.0 if args.quick else 0.0) for policy in ("full", "mod")}
+        for policy, result in pair.items():
+            compiles.append({"case": name, "policy": policy, **CASES[name]._asdict(), **result})
+            print(f"{name} {policy}: {_line(result)}", flush=True)
+        rows += compare(name, CASES[name], pair["mod"], pair["full"])
+    return {"rows": rows, "compiles": compiles, "text_tokens": TEXT, "lora_rank": RANK}
+
+
+def compare(name: str, case: Case, candidate: dict[str, Any], baseline: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows aot_memory (bytes a chip), aot_flops and aot_collectives (bytes a chip); those that both compiles have."""
+    kept = kept_counts(_policy(case, "mod"), case.tokens)
+    hoped = formula_ratio(MODELS[case.model], kept, case.frames, case.tokens, TEXT, RANK, case.remat)
+    more: dict[str, Any] = {"dtype": "bfloat16", "remat": case.remat, "tokens_per_frame": case.tokens}
+    more |= {"frames": case.frames, "text_tokens": TEXT, "target": case.target}
+    kinds = {"aot_memory": "total_bytes", "aot_flops": "flops", "aot_collectives": "collective_bytes"}
+    return [
+        row(name, kind, candidate[key], baseline[key], formula_ratio=hoped if kind == "aot_flops" else None, **more)
+        for kind, key in kinds.items()
+        if key in candidate and key in baseline
+    ]
+
+
+def _line(result: dict[str, Any]) -> str:
+    if not result["fits"]:
+        return f"does not fit: {result['error']}"
+    gib = {name: result[f"{name}_bytes"] / 2**30 for name in ("total", "argument", "temp", "collective")}
+    return (
+        f"{gib['total']:.2f} of {result['hbm_bytes'] / 2**30:.0f} GiB a chip ({gib['argument']:.2f} arguments, "
+        f"{gib['temp']:.2f} temporary), {result['flops'] / 1e12:.1f} TFLOP and {gib['collective']:.2f} GiB received a "
+        f"chip and step; compiled in {result['compile_seconds']:.0f} s"
+    )
+
+
+# --- a compile --------------------------------------------------------------------------------------------------------
+
+
+def _policy(case: Case, policy: str) -> Any:
+    return make_policy("interleaved" if policy == "mod" else "full", MODELS[case.model].num_hidden_layers)
+
+
+def model_config(case: Case, policy: str) -> VideoLMConfig:
+    """The model of a case on features f32[n, 1024] of SigLIP-L: bf16, LoRA beside every linear layer."""
+    llama: LlamaConfig = dataclasses.replace(
+        MODELS[case.model], max_position_embeddings=case.frames * case.tokens + TEXT
+    )
+    return VideoLMConfig(
+        llama=llama,
+        policy=_policy(case, policy),
+        frame_token_id=llama.vocab_size,
+        vision_hidden_size=1024,
+        grid=GRIDS[case.tokens],
+        lora=LoraConfig(RANK, 2.0 * RANK),
+        remat=case.remat,
+        attention="splash",
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+    )
+
+
+def abstract_batch(case: Case, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of rows that are all `frames` frames and TEXT tokens long, every frame and half the text labelled."""
+    size, labels = case.frames * case.tokens + TEXT, case.frames + TEXT // 2
+    shapes = {
+        "input_ids": ((size,), jnp.int32),
+        "length": ((), jnp.int32),
+        "frames": ((case.frames, case.tokens, 1024), jnp.float32),
+        "label_pos": ((labels,), jnp.int32),
+        "label": ((labels,), jnp.int32),
+        "label_weight": ((labels,), jnp.float32),
+        "label_is_stream": ((labels,), jnp.bool_),
+    }
+    place = NamedSharding(mesh, BATCH)
+    return {
+        name: jax.ShapeDtypeStruct((case.rows, *shape), dtype, sharding=place)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def devices(target: Target) -> Sequence[Any]:
+    """The chips of a slice that is not here. Raises UserError without libtpu."""
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody is there to be asked
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is there to be locked
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        found = topologies.get_topology_desc(target.topology, "tpu").devices
+    except Exception as error:  # whatever the loader throws
+        raise UserError(
+            "libtpu, XLA's compiler for TPUs, is not here: see the head of vmod_jax/benchmarks/aot.py "
+            f"({str(error).splitlines()[0][:120]})"
+        ) from error
+    assert len(found) == target.chips, (target, len(found))
+    return found
+
+
+def compile_step(case: Case, policy: str, effort: float) -> dict[str, Any]:
+    """What the compiler says of `train.make_step`: bytes and FLOPs are of one chip and one step.
+
+    effort: the compiler's, from -1 to 1; 0 is what a training run gets.
+    """
+    target, config, options = TARGETS[case.target], model_config(case, policy), defaults().optimizer
+    heads = config.llama.num_attention_heads, config.llama.num_key_value_heads
+    mesh = make_mesh(dict(zip(AXES, case.mesh, strict=True)), case.rows, *heads, devices(target))
+    optimizer = make_optimizer(options, 1000)
+    frozen, state = abstract_state(config, trained_groups(options), optimizer, mesh)
+    hbm = target.hbm_gib * 2**30
+    said: dict[str, Any] = {"hbm_bytes": hbm, "chips": target.chips, "effort": effort}
+    kept = kept_counts(config.policy, case.tokens)
+    labels = case.frames + TEXT // 2
+    work = step_flops(config.llama, kept, case.frames, TEXT, RANK, case.remat, labels=labels)
+    said["flops"] = work * case.rows / target.chips
+
+    began = time.perf_counter()
+    lowered = make_step(VideoLM(config), optimizer, state, mesh).lower(state, frozen, abstract_batch(case, mesh), 0)
+    try:
+        compiled = lowered.compile({"exec_time_optimization_effort": effort} if effort else None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return said | {"fits": False, "error": str(error).splitlines()[0]}
+    said["compile_seconds"] = time.perf_counter() - began
+
+    memory: Any = compiled.memory_analysis()
+    for name in ("argument", "output", "alias", "temp", "generated_code"):
+        said[f"{name}_bytes"] = getattr(memory, f"{name}_size_in_bytes")
+    # What is donated is argument and output in one.
+    total = said["argument_bytes"] + said["output_bytes"] - said["alias_bytes"] + said["temp_bytes"]
+    said["total_bytes"] = total + said["generated_code_bytes"]
+    said["fits"] = said["total_bytes"] < hbm
+    analysis: Any = compiled.cost_analysis()
+    said["flops_with_loop_bodies_once"] = analysis["flops"]
+    said["collectives"] = collective_bytes(compiled.as_text())
+    said["collective_bytes"] = sum(said["collectives"].values())
+    return said
+
+
+# --- the compiled text ------------------------------------------------------------------------------------------------
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    operands: list[str]
+    line: str
+
+
+def _computations(text: str) -> dict[str, list[_Instruction]]:
+    """Instructions of every computation of an HLO module; the entry's name is ENTRY."""
+    found: dict[str, list[_Instruction]] = {}
+    current: list[_Instruction] = []
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?(\S+) \(.*\{$", line):
+            current = found.setdefault("ENTRY" if header[1] else header[2], [])
+        elif (parts := re.match(r"\s+(?:ROOT )?%?(\S+) = (.*)", line)) and (
+            opcode := re.search(r"\s([a-z][\w-]*)\(([^)]*)\)", " " + parts[2])
+        ):
+            operands = [name.split("%")[-1].strip() for name in opcode[2].split(",")]
+            shape = (" " + parts[2])[: opcode.start()]
+            current.append(_Instruction(parts[1], shape, opcode[1], operands, line))
+    return found
+
+
+def _attribute(line: str, name: str) -> str | None:
+    match = re.search(rf"[ ,]{name}=%?([^,\s}}]+)", line)
+    return match[1] if match else None
+
+
+def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction) -> int:
+    """How often a counting loop runs: its counter starts at 0, and `condition` compares it with a constant."""
+    condition, body = (computations[str(_attribute(loop.line, name))] for name in ("condition", "body"))
+    constant = lambda block, name: next(  # noqa: E731
+        (int(m[1]) for i in block if i.name == name and (m := re.search(r"\sconstant\((\d+)\)", i.line))), None
+    )
+    compare = next(i for i in condition if i.opcode == "compare" and "direction=LT" in i.line)
+    counter = next(i for i in condition if i.name == compare.operands[0])
+    limit, index = constant(condition, compare.operands[1]), _attribute(counter.line, "index")
+    root = next(i for i in body if i.line.lstrip().startswith("ROOT"))
+    step = next(i for i in body if i.name == root.operands[int(str(index))])
+    if limit is None or step.opcode != "add":
+        raise ValueError(f"not a counting loop: {loop.line[:200]}")
+    return -(-limit // (constant(body, step.operands[1]) or 1))
+
+
+def _callees(computations: dict[str, list[_Instruction]], instruction: _Instruction) -> Iterator[tuple[str, int]]:
+    """(computation, how often) that an instruction calls."""
+    if instruction.opcode == "while":
+        yield str(_attribute(instruction.line, "body")), _trips(computations, instruction)
+        return
+    for name in ("calls", "to_apply"):
+        if called := _attribute(instruction.line, name):
+            yield called, 1
+    if branches := re.search(r"branch_computations=\{([^}]*)\}", instruction.line):
+        yield from ((name.strip().lstrip("%"), 1) for name in branches[1].split(","))
+
+
+def _bytes(shape: str) -> list[int]:
+    """Of every array that a shape names."""
+    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
+    return [_BYTES[kind] * math.prod(int(n) for n in size.split(",") if n) for kind, size in arrays if kind in _BYTES]
+
+
+def _group(line: str) -> int:
+    """Devices that take part in one collective."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(tiled[2])
+    groups = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    return len(groups[1].split(",")) if groups else 1
+
+
+def _received(instruction: _Instruction, kind: str, scattered: bool) -> float:
+    """Bytes that one device receives in a collective, as a ring does it."""
+    if kind == "collective-permute":
+        return _bytes(instruction.shape)[0]
+    size, group = sum(_bytes(instruction.shape)), _group(instruction.line)
+    if instruction.opcode.endswith("-start"):  # (what goes in, what comes out)
+        size = max(_bytes(instruction.shape))
+    if kind == "reduce-scatter":
+        return size * (group - 1)
+    passes = 2 if kind == "all-reduce" and not scattered else 1
+    return passes * size * (group - 1) / group
+
+
+def collective_bytes(text: str) -> dict[str, int]:
+    """{kind of collective: bytes that each device receives in a run} of a compiled module's text, loops multiplied out.
+
+    Raises ValueError for a loop around collectives whose length the text does not say.
+    """
+    computations = _computations(text)
+    total: dict[tuple[str, str], float] = {}
+
+    def walk(name: str, times: int) -> None:
+        for instruction in computations.get(name, ()):
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in _COLLECTIVES:
+                # An asynchronous collective is named once in each of the fusions that it runs beside.
+                channel = _attribute(instruction.line, "channel_id") or f"{name}/{instruction.name}"
+                moved = times * _received(instruction, kind, name.startswith("all-reduce-scatter"))
+                total[kind, channel] = max(total.get((kind, channel), 0.0), moved)
+            elif inside(instruction):
+                for called, again in _callees(computations, instruction):
+                    walk(called, times * again)
+
+    memo: dict[str, bool] = {}
+
+    def holds(name: str) -> bool:
+        if name not in memo:
+            memo[name] = any(
+                i.opcode.removesuffix("-start") in _COLLECTIVES or inside(i) for i in computations.get(name, ())
+            )
+        return memo[name]
+
+    def inside(instruction: _Instruction) -> bool:
+        if instruction.opcode == "while":
+            return holds(str(_attribute(instruction.line, "body")))
+        return any(holds(called) for called, _ in _callees(computations, instruction))
+
+    walk("ENTRY", 1)
+    return {kind: round(sum(n for (k, _), n in total.items() if k == kind)) for kind in _COLLECTIVES}
