@@ -29,6 +29,7 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
+    "train-step": Benchmark("benchmarks.train_step", "a training step: MoD, full and PyTorch in turn"),
     "aot": Benchmark("benchmarks.aot", "full-size steps compiled for TPUs that are not here: memory, collectives"),
     "flops": Benchmark("benchmarks.flops", "the paper's FLOPs column for any model and policy"),
 }

@@ -1,0 +1,158 @@
+"""`vmod bench train-step`: a training step of the method beside full computation and beside PyTorch, taken in turn.
+
+Rows, for each stream: the forward pass and the training step MoD / full beside their formula; the temporary memory of
+the compiled steps; both steps over PyTorch's dense one (`peer.py`). Every step is checked to give the same bits again.
+"""
+
+import argparse
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from vmod_jax.bench import interleave, pair, print_table, row
+from vmod_jax.benchmarks.peer import Peer, available
+from vmod_jax.benchmarks.setup import (
+    Stream,
+    add_model_arguments,
+    make_batch,
+    make_config,
+    make_params,
+    ratio_of_formula,
+)
+from vmod_jax.errors import UserError
+from vmod_jax.models.flops import kept_counts
+from vmod_jax.models.video_lm import VideoLM, VideoLMConfig
+from vmod_jax.train import State, make_loss, make_step
+from vmod_jax.training import config as configuration
+from vmod_jax.training.optimizer import make_optimizer, split, to_f32, trained_groups
+from vmod_jax.training.sharding import make_mesh
+
+STREAMS = ("10x150+2000", "10x400+2000", "10x1000+2000")
+QUICK = STREAMS[:2]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    about = f"tokens a frame x frames + text tokens ({' '.join(STREAMS)}; with --quick the first two)"
+    parser.add_argument("--streams", nargs="+", metavar="NxF+X", type=read_stream, help=about)
+    parser.add_argument("--policy", default="interleaved", help="beside full (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="at most, each of one step of each (%(default)s)")
+    parser.add_argument("--no-peer", action="store_true", help="leave PyTorch out")
+
+
+def read_stream(text: str) -> Stream:
+    """ "10x600+2000": tokens a frame, frames, text tokens."""
+    tokens, _, rest = text.partition("x")
+    frames, _, words = rest.partition("+")
+    if not (tokens.isdecimal() and frames.isdecimal() and words.isdecimal() and int(tokens) and int(frames)):
+        raise UserError(f"--streams {text}: write tokens a frame x frames + text tokens, such as 10x600+2000")
+    return Stream(int(frames), int(tokens), int(words))
+
+
+class Step:
+    """A compiled training step and forward pass of one policy, with its state."""
+
+    def __init__(self, config: VideoLMConfig, params: Any, batch: dict[str, np.ndarray]):
+        settings = configuration.defaults()
+        groups = trained_groups(settings.optimizer)
+        optimizer = make_optimizer(settings.optimizer, 1000)
+        llama = config.llama
+        mesh = make_mesh(
+            {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, 1, llama.num_attention_heads, llama.num_key_value_heads,
+            jax.devices()[:1],
+        )  # fmt: skip
+        trained, frozen = split(params, groups)
+        # A copy: the step donates what it is given, and the parameters are shared.
+        trained = jax.tree.map(lambda x: x + 0, to_f32(trained))
+        self.state = State(trained, optimizer.init(trained), jax.random.key_data(jax.random.key(0)))
+        self.frozen, self.batch = frozen, jax.device_put(batch)
+        model = VideoLM(config)
+        self.compiled = make_step(model, optimizer, self.state, mesh).lower(self.state, frozen, self.batch, 0).compile()
+        loss = make_loss(model, mesh)
+        self.loss = jax.jit(lambda trained, frozen, batch: loss(trained, frozen, batch, {})[0])
+
+    def step(self) -> float:
+        """One step, to its end: -> the loss before it."""
+        self.state, parts = self.compiled(self.state, self.frozen, self.batch, 0)
+        return float(jax.block_until_ready(parts)["loss"])
+
+    def forward(self) -> float:
+        return float(self.loss(self.state.trained, self.frozen, self.batch))
+
+    def repeats(self) -> bool:
+        """Whether the step from here gives the same bits twice. The state stays as it was."""
+        copy = lambda: jax.tree.map(lambda x: x + 0, self.state)  # noqa: E731
+        (one, _), (two, _) = (self.compiled(copy(), self.frozen, self.batch, 0) for _ in range(2))
+        bits = lambda x: np.asarray(x).tobytes()  # noqa: E731
+        return all(bits(a) == bits(b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
+
+    @property
+    def temporary_bytes(self) -> int:
+        analysis: Any = self.compiled.memory_analysis()
+        return analysis.temp_size_in_bytes
+
+
+def carried_ratio(config: VideoLMConfig, stream: Stream) -> float:
+    """What all layers keep for the backward pass over what full ones do: their tokens, each layer its own."""
+    kept = kept_counts(config.policy, stream.tokens)
+    return sum(stream.text + k * stream.frames for k in kept) / (len(kept) * stream.size)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Rows and, for each stream, losses of all contenders and whether steps repeat to the bit."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with PyTorch
+    streams = args.streams or [read_stream(text) for text in (QUICK if args.quick else STREAMS)]
+    peer_wanted = not args.no_peer
+    if peer_wanted and not available():
+        raise UserError("the peer needs PyTorch: pip install 'vmod_jax[torch]', or leave it out with --no-peer")
+    rows, checks = [], []
+    for stream in streams:
+        new_rows, check = compare(args, stream, peer_wanted)
+        rows += new_rows
+        checks.append(check)
+    print_table(rows, unit="s or MiB")
+    return {"rows": rows, "checks": checks}
+
+
+def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    config = make_config(args, args.policy, stream.tokens)
+    dense = make_config(args, "full", stream.tokens)
+    params, batch = make_params(config), make_batch(config, stream)
+    steps = {"mod": Step(config, params, batch), "full": Step(dense, params, batch)}
+    contenders = {name: step.step for name, step in steps.items()}
+    losses = {name: step.forward() for name, step in steps.items()}
+    same_bits = {name: step.repeats() for name, step in steps.items()}
+    peer = None
+    if with_peer:
+        peer = Peer(dense, params, training=True)
+        placed = peer.place(batch)
+        losses["peer"] = peer.step(placed)
+        contenders["peer"] = lambda: peer.step(placed)
+    seconds = 120 if args.quick else float("inf")
+    times = interleave(contenders, args.rounds, seconds=seconds)
+    forward = interleave({name: step.forward for name, step in steps.items()}, args.rounds, seconds=seconds)
+
+    size = f"{stream.tokens}x{stream.frames}+{stream.text}"
+    common: dict[str, Any] = {"dtype": config.dtype, "tokens": stream.size} | stream.row_keys()
+    mib = {name: step.temporary_bytes / 2**20 for name, step in steps.items()}
+    rows = [
+        row(
+            f"{size} forward MoD/full", "forward", **pair(forward["mod"], forward["full"]),
+            formula_ratio=ratio_of_formula(config, stream, "forward"), **common,
+        ),
+        row(
+            f"{size} train step MoD/full", "train_step", **pair(times["mod"], times["full"]),
+            formula_ratio=ratio_of_formula(config, stream, config.remat), remat=config.remat, **common,
+        ),
+        row(
+            f"{size} memory MoD/full", "memory", mib["mod"], mib["full"],
+            formula_ratio=carried_ratio(config, stream), remat=config.remat, **common,
+        ),
+    ]  # fmt: skip
+    if peer is not None:
+        for name, about in (("full", "dense"), ("mod", "MoD")):
+            extra = {"peer": f"PyTorch, {peer.attention} attention, dense", "peer_remat": "full"}
+            rows.append(row(f"{size} {about}/PyTorch", "peer", **pair(times[name], times["peer"]), **common, **extra))
+    return rows, {"stream": size, "losses": losses, "bit_equal": same_bits}
