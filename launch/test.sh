@@ -10,6 +10,15 @@ source "$(dirname "$0")/environment.sh"
 
 environment dev,serve
 environment torch || echo "PyTorch could not be installed: the tests that need it will be skipped."
+case " $* " in *" --all "*)
+  # XLA's compiler for TPUs, beside the environment: within it, every JAX program would look for a TPU.
+  export VMOD_LIBTPU=$VIRTUAL_ENV/libtpu/libtpu/libtpu.so
+  wanted=$(python -c 'from importlib.metadata import requires
+print(*(need.split(";")[0] for need in requires("jax") if need.startswith("libtpu")))')
+  [ -f "$VMOD_LIBTPU" ] || python -m pip install --quiet --disable-pip-version-check --no-deps \
+    --target "$VIRTUAL_ENV/libtpu" "$wanted" || echo "No libtpu: the test that needs it will be skipped."
+  ;;
+esac
 
 ruff check .
 ruff format --check .

@@ -1,14 +1,12 @@
 """`vmod bench aot`: the collectives counted in compiled text, and (slow) a full-size step compiled for a TPU."""
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
-from vmod_jax.benchmarks.aot import CASES, TARGETS, collective_bytes, compare
+from vmod_jax.benchmarks.aot import CASES, TARGETS, collective_bytes, compare, library
 
 # A loop of 3 around a loop of 8 in steps of 2, as the TPU's compiler writes them.
 TEXT = """\
@@ -119,8 +117,8 @@ def test_every_case_names_a_slice_whose_chips_it_uses():
 @pytest.mark.slow
 def test_llama_3_8b_fits_v5e_16(tmp_path):
     """LoRA training on 600 frames x 10 tokens, under the method and in full, by XLA's own TPU compiler."""
-    if importlib.util.find_spec("libtpu") is None and not os.path.isfile(os.environ.get("TPU_LIBRARY_PATH", "")):
-        pytest.skip("libtpu is not here: see the head of vmod_jax/benchmarks/aot.py")
+    if library() is None:
+        pytest.skip("no libtpu: get it as the head of vmod_jax/benchmarks/aot.py says")
     arguments = [sys.executable, "-m", "vmod_jax.cli", "bench", "aot", "--quick", "--json", str(tmp_path / "aot.json")]
     subprocess.run(arguments, check=True)
     results = json.loads((tmp_path / "aot.json").read_text())

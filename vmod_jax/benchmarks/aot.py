@@ -3,20 +3,23 @@
 XLA's TPU compiler runs anywhere. What it says about a step is what that step will need on the device: bytes of each
 chip's memory, and every collective. Nothing is run, so there are no times but the compiler's own.
 
-The compiler is the library libtpu, for which no TPU has to be there. Beside an installed `jax[tpu]` nothing is needed;
-without one, and without making every other program look for a TPU:
+The compiler is the library libtpu, 200 MB to download, which comes with `pip install '.[tpu]'`. Where it is installed,
+every JAX program looks for a TPU first and complains on stderr that there is none, so on other machines it is better
+kept apart (as `launch/test.sh --all` does):
 
-    pip install --no-deps --target DIR 'libtpu==0.0.42.*'        (the version that `pip show -v jax` names for tpu)
-    TPU_LIBRARY_PATH=DIR/libtpu/libtpu.so vmod bench aot
+    pip install --no-deps --target DIR 'libtpu==0.0.42.*'        # the version that jax 0.10.2's extra tpu names
+    VMOD_LIBTPU=DIR/libtpu/libtpu.so vmod bench aot --json F
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import math
 import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -174,20 +177,25 @@ def abstract_batch(case: Case, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
+def library() -> str | None:
+    """The file of libtpu: $VMOD_LIBTPU, or where JAX itself looks; None where there is none."""
+    place = os.environ.get("VMOD_LIBTPU") or os.environ.get("TPU_LIBRARY_PATH")
+    if not place and (package := importlib.util.find_spec("libtpu")) and package.origin:
+        place = str(Path(package.origin).with_name("libtpu.so"))
+    return place if place and Path(place).is_file() else None
+
+
 def devices(target: Target) -> Sequence[Any]:
     """The chips of a slice that is not here. Raises UserError without libtpu."""
     from jax.experimental import topologies
 
+    if (place := library()) is None:
+        raise UserError("no libtpu, XLA's compiler for TPUs: get it as the head of vmod_jax/benchmarks/aot.py says")
+    os.environ["TPU_LIBRARY_PATH"] = place
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody is there to be asked
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is there to be locked
     jax.config.update("jax_platforms", "cpu")
-    try:
-        found = topologies.get_topology_desc(target.topology, "tpu").devices
-    except Exception as error:  # whatever the loader throws
-        raise UserError(
-            "libtpu, XLA's compiler for TPUs, is not here: see the head of vmod_jax/benchmarks/aot.py "
-            f"({str(error).splitlines()[0][:120]})"
-        ) from error
+    found = topologies.get_topology_desc(target.topology, "tpu").devices
     assert len(found) == target.chips, (target, len(found))
     return found
 
