@@ -37,12 +37,12 @@ class World:
         ("yellow", (245, 215, 60)),
     )
     max_objects: int = 2
-    object_size: float = 0.7  # of a grid cell
+    object_size: float = 0.9  # of a grid cell
     jitter: float = 0.05  # of a grid cell: how far off its middle an object may stand
     gap: tuple[float, float] = (1.5, 4.0)  # seconds from one event to the next
     lead: float = 0.1  # seconds by which a narration is earlier than the frame that shows it
     brightness: tuple[int, int] = (70, 120)  # of the background
-    texture: float = 12.0  # of the background, standard deviation
+    texture: float = 6.0  # of the background, standard deviation
     noise: float = 3.0  # of the camera, standard deviation
     # how often each event is drawn, among those possible
     appear: float = 2.0
