@@ -1,0 +1,23 @@
+"""Llama-3-8B on a node of 8 H100 (80 GB): streams of up to 600 frames x 10 tokens.
+
+    bash launch/gpu.sh train --config configs/llama3_8b_h100_8.py --workdir runs/h100_8
+
+The imported weights and the features are those of configs/ego4d_v5e_16.py, and so are batch, schedule and expected
+scores: it is the same run on other chips.
+
+Cost by the formula: 13.1 PFLOP a step, 46 EFLOP in all; at 40% of the chips' peak 4.0 hours, full 5.9. Neither time
+nor memory was measured on a GPU; parameters and the optimiser's state are 2.4 GiB of each one's memory
+(tests/test_configs.py), and `vmod bench train-step --llama-3-8b` measures a step on one.
+"""
+
+from vmod_jax.training.config import Config
+from vmod_jax.training.llama3_8b import llama3_8b
+
+
+def get_config() -> Config:
+    config = llama3_8b("imported/llama3_8b", "prepared/ego4d")
+    config.mesh.update({"data": 1, "fsdp": 8})
+    config.accumulate = 8  # one row a GPU at a time
+    config.data.max_frames = 600
+    config.data.buckets = ((150, 640, 520), (300, 1024, 840), (600, 2000, 1600))
+    return config
