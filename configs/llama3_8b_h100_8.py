@@ -1,6 +1,6 @@
 """Llama-3-8B on a node of 8 H100 (80 GB): streams of up to 600 frames x 10 tokens.
 
-    bash launch/gpu.sh train --config configs/llama3_8b_h100_8.py --workdir runs/h100_8
+    bash launch/gpu.sh vmod train --config configs/llama3_8b_h100_8.py --workdir runs/h100_8
 
 The imported weights and the features are those of configs/ego4d_v5e_16.py, and so are batch, schedule and expected
 scores: it is the same run on other chips.
