@@ -12,6 +12,7 @@ and at the latest HEARTBEAT seconds later the others are ended (signal 6). All g
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from vmod_jax.errors import UserError
@@ -66,12 +68,26 @@ def ended_by_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def first_alone() -> Iterator[None]:
-    """The block runs in process 0, then in all others: what it makes in a shared folder is made once."""
+    """The block runs in process 0, then in all others: what it makes in a shared folder is made once.
+
+    Nobody goes on before all are through: collectives, unlike this, give up on who is late (on CPUs after 30 seconds).
+    """
     if jax.process_index() > 0:
-        multihost_utils.sync_global_devices("first")
+        _meet()
     yield
-    if jax.process_index() == 0 and jax.process_count() > 1:
-        multihost_utils.sync_global_devices("first")
+    if jax.process_index() == 0:
+        _meet()
+    _meet()
+
+
+_meetings = itertools.count()
+
+
+def _meet(hours: int = 24) -> None:
+    """Waits, without a collective, until all processes are here."""
+    if jax.process_count() > 1:
+        barrier: Any = ocp.multihost.get_barrier_sync_fn()
+        barrier(key=f"vmod_meeting_{next(_meetings)}", timeout_ms=hours * 3600 * 1000)
 
 
 def seen_by_all(path: Path, wait: float = 60) -> None:
