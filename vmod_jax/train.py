@@ -139,9 +139,9 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
                 f"rows of {tokens} tokens are longer than the model's {llama.max_position_embeddings} positions: "
                 "lower data.max_frames, or give smaller data.buckets"
             )
-    if config.batch_size % (parts := mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate):
+    if config.batch_size % (shares := mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate):
         raise UserError(
-            f"batch_size={config.batch_size} does not divide over mesh.data x mesh.fsdp x accumulate = {parts}"
+            f"batch_size={config.batch_size} does not divide over mesh.data x mesh.fsdp x accumulate = {shares}"
         )
     load = functools.partial(
         batches, fmt=fmt, buckets=buckets, batch_size=config.batch_size,
@@ -183,10 +183,23 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
     # --- loop ---------------------------------------------------------------------------------------------------------
     step_function = make_step(model, optimizer, state, mesh, config.accumulate)
     evaluate = make_evaluation(model, mesh)
-    compiled: dict[tuple, Any] = {}  # one a bucket
-    step, values, compile_seconds, pace = start, {}, 0.0, []
+    step, values, pace = start, {}, []
     began = last = time.perf_counter()
-    tokens = flops = 0.0
+    tokens = flops = compile_seconds = 0.0
+    compiled: dict[tuple, Any] = {}  # one a bucket, of the step and of the evaluation
+
+    def run(function: Any, *arguments: Any) -> Any:
+        """function(*arguments), compiled before for arguments[2], a batch; its time is not the step's."""
+        nonlocal compile_seconds, last
+        key = (function, *(x.shape for x in arguments[2].values()))
+        if key not in compiled:
+            paused = time.perf_counter()
+            compiled[key] = function.lower(*arguments).compile()
+            processes.meet()  # collectives would give up on a process that compiles much longer
+            compile_seconds += time.perf_counter() - paused
+            last += time.perf_counter() - paused
+        return compiled[key](*arguments)
+
     end = min(config.steps, stop_at or config.steps)
     with (
         checkpoints,
@@ -198,13 +211,7 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
             trace.before(step + 1)
             local = next(iterator)
             batch = put_batch(local, mesh, config.batch_size)
-            shapes = tuple(x.shape for x in local.values())
-            if shapes not in compiled:
-                paused = time.perf_counter()
-                compiled[shapes] = step_function.lower(state, frozen, batch, step).compile()
-                compile_seconds += time.perf_counter() - paused
-                last += time.perf_counter() - paused
-            state, parts = compiled[shapes](state, frozen, batch, step)
+            state, parts = run(step_function, state, frozen, batch, step)
             step += 1
             tokens += float(local["length"].sum()) * config.batch_size / len(local["length"])
             flops += batch_flops(batch, model_config, "base" in groups)
@@ -223,11 +230,11 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
                 last, tokens, flops = now, 0.0, 0.0
             val_loss = None
             if held_out and (step % config.eval_every == 0 or step == config.steps):
-                paused = time.perf_counter()
+                since = time.perf_counter() - last
                 count = min(config.eval_batches, -(-len(held_out.samples) // config.batch_size))
                 some = (put_batch(x, mesh, config.batch_size) for x in itertools.islice(load(held_out), count))
-                line["val_loss"] = val_loss = mean_loss(evaluate(state.trained, frozen, batch) for batch in some)
-                last += time.perf_counter() - paused
+                line["val_loss"] = val_loss = mean_loss(run(evaluate, state.trained, frozen, batch) for batch in some)
+                last = time.perf_counter() - since
             if line:
                 log.write(step, line)
 

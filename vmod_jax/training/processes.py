@@ -73,17 +73,17 @@ def first_alone() -> Iterator[None]:
     Nobody goes on before all are through: collectives, unlike this, give up on who is late (on CPUs after 30 seconds).
     """
     if jax.process_index() > 0:
-        _meet()
+        meet()
     yield
     if jax.process_index() == 0:
-        _meet()
-    _meet()
+        meet()
+    meet()
 
 
 _meetings = itertools.count()
 
 
-def _meet(hours: int = 24) -> None:
+def meet(hours: int = 24) -> None:
     """Waits, without a collective, until all processes are here."""
     if jax.process_count() > 1:
         barrier: Any = ocp.multihost.get_barrier_sync_fn()
