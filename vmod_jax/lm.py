@@ -14,6 +14,7 @@ from jax import Array
 from vmod_jax import workdir
 from vmod_jax.data.conversation import StreamFormat, stream_format
 from vmod_jax.errors import UserError
+from vmod_jax.models import inference
 from vmod_jax.models.depth import Policy, make_policy
 from vmod_jax.models.llama import Routed
 from vmod_jax.models.video_lm import Output, VideoLM, VideoLMConfig, check_frames
@@ -38,6 +39,18 @@ class LanguageModel:
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer: put its tokenizer files beside its config.json")
         return stream_format(self.tokenizer, self.config.tokens_per_frame, self.config.interval)
+
+    @cached_property
+    def merged(self) -> "LanguageModel":
+        """The same model with LoRA merged into its weights, which streams run on; itself where it has none."""
+        if not self.config.lora.rank:
+            return self
+        return LanguageModel(*inference.merge_lora(self.config, self.params), self.tokenizer)
+
+    @cached_property
+    def int8(self) -> "LanguageModel":
+        """The model with decoder weights of 8 bits and LoRA merged: for streams and logits; `save` refuses it."""
+        return LanguageModel(*inference.to_int8(self.config, self.params), self.tokenizer)
 
     @cached_property
     def _programs(self) -> Programs:
@@ -88,9 +101,13 @@ class LanguageModel:
         """What each routed layer decides: {layer: (scores f32[B, F, n], kept i32[B, F, k])}; arguments as `logits`."""
         return self._run(input_ids, frames).routing
 
-    def stream(self, threshold: float = 0.725, **options) -> Session:
-        """A live session; options as in `streaming.session.Session` (system, max_frames, max_reply, announce...)."""
-        return Session(self._programs, self.params, self.fmt, threshold, **options)
+    def stream(self, threshold: float = 0.725, int8: bool = False, **options) -> Session:
+        """A live session; options as in `streaming.session.Session` (system, max_frames, max_reply, announce...).
+
+        LoRA is merged once, at the first stream. int8: with decoder weights of 8 bits.
+        """
+        lm = self.int8 if int8 else self.merged
+        return Session(lm._programs, lm.params, self.fmt, threshold, **options)
 
     def save(self, path: str | Path) -> None:
         """Writes a workdir that `load` and the commands open. Raises UserError where one already lies."""
@@ -99,6 +116,8 @@ class LanguageModel:
         path = Path(path)
         if (path / "model.json").exists():
             raise UserError(f"{path} already holds a model: name another folder")
+        if "scale" in self.params["llama"]["layers"]["q"]:
+            raise UserError("weights of 8 bits are made from a loaded model and not saved: save that model")
         workdir.write(path, self.config, self.tokenizer)
         save_params(path, self.params)
 

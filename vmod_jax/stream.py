@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-frames", type=int, default=1200)
     parser.add_argument("--max-reply", type=int, default=64, help="tokens")
     parser.add_argument("--prefill", type=int, default=1, metavar="M", help="frames computed in one call (1)")
+    parser.add_argument("--int8", action="store_true", help="decoder weights of 8 bits: half the memory to read")
     parser.add_argument("--allow-partial", action="store_true", help="use what decodes of a damaged file")
     parser.add_argument("--jsonl", metavar="F", help="write one JSON object a line: turns, then a summary")
     args = parser.parse_args(argv)
@@ -136,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.jsonl and not Path(args.jsonl).absolute().parent.is_dir():
         raise UserError(f"--jsonl {args.jsonl}: no folder {Path(args.jsonl).parent}; make it first")
     lm = load(args.workdir)
+    lm = lm.int8 if args.int8 else lm.merged  # what they are made of need not stay
     out = open(args.jsonl, "w") if args.jsonl else None  # noqa: SIM115
 
     def say(turn: Turn) -> None:

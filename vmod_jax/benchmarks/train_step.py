@@ -153,6 +153,7 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[
     ]  # fmt: skip
     if peer is not None:
         for name, about in (("full", "dense"), ("mod", "MoD")):
-            extra = {"peer": f"PyTorch, {peer.attention} attention, dense", "peer_remat": "full"}
+            # PyTorch's checkpoints compute attention again; they are what its users have.
+            extra: dict[str, Any] = {"peer": f"PyTorch, {peer.attention} attention, dense", "remat": config.remat}
             rows.append(row(f"{size} {about}/PyTorch", "peer", **pair(times[name], times["peer"]), **common, **extra))
     return rows, {"stream": size, "losses": losses, "bit_equal": same_bits}

@@ -149,6 +149,8 @@ class Linear(nn.Module):
         if self.base:
             init = nn.initializers.normal(size_in**-0.5)
             params["kernel"] = self.param("kernel", init, (*stack, size_in, size_out), self.param_dtype)
+        if self.has_variable("params", "scale"):  # of an int8 kernel: see `models/inference.py`
+            params["scale"] = self.get_variable("params", "scale")
         if self.lora.rank:
             init_a = nn.initializers.normal(size_in**-0.5)
             params["lora_a"] = self.param("lora_a", init_a, (*stack, size_in, self.lora.rank), jnp.float32)
@@ -251,8 +253,10 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 
 def linear(params: dict[str, Array], x: Array, lora: LoraConfig, dropout_key: Array | None = None) -> Array:
-    """x W + (alpha / r) drop(x) A B in x's dtype: [..., in] -> [..., out]."""
+    """x W + (alpha / r) drop(x) A B in x's dtype: [..., in] -> [..., out]. W may be int8 with a scale a column."""
     y = x @ params["kernel"].astype(x.dtype)
+    if "scale" in params:
+        y *= params["scale"].astype(x.dtype)
     if "lora_a" in params:
         low = x
         if dropout_key is not None and lora.dropout:
