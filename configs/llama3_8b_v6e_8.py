@@ -10,7 +10,8 @@ scores: it is the same run on other chips.
 Cost by the formula: 13.1 PFLOP a step, 46 EFLOP in all; at 40% of the chips' peak 4.4 hours, full 6.4. Nothing of this
 was measured on a TPU.
 
-Whether it fits: vmod bench aot 8b-v6e-8-600x10
+It fits: `vmod bench aot --quick 8b-v6e-8-600x10` says 10.6 of 32 GiB a chip (full: 11.2) for its longest streams
+(docs/results/aot-quick-8b-v6e-8-600x10.json).
 """
 
 from vmod_jax.training.config import Config
