@@ -23,6 +23,7 @@ from vmod_jax import workdir as folder
 from vmod_jax.data.conversation import IGNORE, stream_format
 from vmod_jax.data.pipeline import batches, cache_folder, make_buckets, open_streams
 from vmod_jax.errors import UserError
+from vmod_jax.models.context import Beginning, over_context
 from vmod_jax.models.flops import kept_counts, step_flops
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params, num_params
 from vmod_jax.training import config as configuration
@@ -31,7 +32,7 @@ from vmod_jax.training.checkpoint import Checkpoints, load_params
 from vmod_jax.training.config import Config
 from vmod_jax.training.metrics import MetricsLog, Trace, mfu
 from vmod_jax.training.optimizer import flatten, make_optimizer, merge, split, to_f32, trained_groups, unflatten
-from vmod_jax.training.sharding import local_rows, make_mesh, placements, put_batch
+from vmod_jax.training.sharding import chunks_per_row, local_rows, make_mesh, placements, put_batch
 from vmod_jax.weights.experts import adapt, trained_layers
 
 Tree = Any
@@ -132,7 +133,8 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
     mesh = make_mesh(config.mesh, config.batch_size, llama.num_attention_heads, llama.num_key_value_heads)
 
     # --- batches ------------------------------------------------------------------------------------------------------
-    buckets = make_buckets(config.data.buckets, streams, fmt, config.data.max_frames)
+    chunks = chunks_per_row(mesh)
+    buckets = make_buckets(config.data.buckets, streams, fmt, config.data.max_frames, chunks)
     for bucket in buckets:
         if (tokens := bucket.tokens(fmt.tokens_per_frame)) > llama.max_position_embeddings:
             raise UserError(
@@ -146,7 +148,7 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
     load = functools.partial(
         batches, fmt=fmt, buckets=buckets, batch_size=config.batch_size,
         seed=config.seed, rows=local_rows(mesh, config.batch_size), stream_weight=config.data.stream_weight,
-        prefetch=config.data.prefetch,
+        prefetch=config.data.prefetch, parts=chunks, max_frames=config.data.max_frames,
     )  # fmt: skip
     iterator = load(streams)
 
@@ -271,16 +273,22 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
 def make_loss(model: VideoLM, mesh: Mesh) -> Any:
     """(trained, frozen, batch, rngs) -> (loss, {lm_loss, stream_loss, labels}), all f32[]: see `objective.loss`."""
 
+    def labelled(variables: Tree, batch: dict[str, jax.Array], rngs: dict[str, jax.Array]) -> jax.Array:
+        """Hidden states at the labelled positions: [B, M, d]."""
+        begin = Beginning(batch["first_position"], batch["first_frame"]) if "first_frame" in batch else None
+        hidden, _ = model.apply(
+            variables, batch["input_ids"], batch["frames"], length=batch["length"], begin=begin, rngs=rngs,
+            method="hidden",
+        )  # fmt: skip
+        return objective.gather_labelled(hidden, batch["label_pos"])
+
     def loss(
         trained: Tree, frozen: Tree, batch: dict[str, jax.Array], rngs: dict[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         variables = {"params": merge(trained, frozen)}
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the model places its activations by it
-            hidden, _ = model.apply(
-                variables, batch["input_ids"], batch["frames"], length=batch["length"], rngs=rngs, method="hidden"
-            )
-        labelled = objective.gather_labelled(hidden, batch["label_pos"])
-        logits: Any = model.apply(variables, labelled, method="logits")
+            hidden = (over_context(labelled) if "first_frame" in batch else labelled)(variables, batch, rngs)
+        logits: Any = model.apply(variables, hidden, method="logits")
         return objective.loss(logits, batch["label"], batch["label_weight"], batch["label_is_stream"])
 
     return loss

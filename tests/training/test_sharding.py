@@ -48,7 +48,7 @@ def eight_devices(monkeypatch):
         (_sizes(fsdp=16), 8, "does not fit 8 device"),
         (_sizes(fsdp=-1), 8, "-1 .* may stand once"),
         (_sizes(data=0), 8, "every size must be 1 or more"),
-        (_sizes(context=2), 8, "mesh.context=2.*not there yet"),
+        (_sizes(context=3), 8, "does not fit 8 device"),
         (_sizes(), 12, "batch_size=12 does not divide over mesh.data x mesh.fsdp = 8"),
         (_sizes(tensor=4), 8, "2 key/value heads do not divide over mesh.tensor=4"),
         (_sizes(tensor=8), 8, "4 heads do not divide over mesh.tensor=8"),

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,30 +51,35 @@ def batches(
     rows: slice | None = None,
     stream_weight: float = 1.0,
     prefetch: int = 2,
+    parts: int = 1,
+    max_frames: int | None = None,
 ) -> grain.DatasetIterator:
     """An endless iterator over batches (see `data/batch.py`), of which this process builds the `rows`.
 
     Its `get_state()` is JSON: the number of the next batch. Threads build the next `prefetch` batches, which bounds the
-    memory; the same seed gives the same batches, however many.
+    memory; the same seed gives the same batches, however many. parts: chunks of a row, of context parallelism;
+    max_frames: where streams are cut, at a whole message.
     """
     n = fmt.tokens_per_frame
     cut: set[int] = set()
 
     def encoded(index: int) -> tuple[int, Encoded]:
-        row, left_out = fit(streams.samples[index].conversation, fmt, buckets)
+        row, left_out = fit(streams.samples[index].conversation, fmt, buckets, parts, max_frames)
         if left_out and index not in cut:
             cut.add(index)
             sample = streams.samples[index]
             log.warning(
-                "stream %d (%s from frame %d) is longer than data.buckets: its last %d of %d messages are left out",
+                "stream %d (%s from frame %d) is too long for data.buckets or data.max_frames: "
+                "its last %d of %d messages are left out",
                 *(index, sample.video, sample.start, left_out, len(sample.conversation)),
             )
         return index, row
 
     def build(group: Sequence[tuple[int, Encoded]]) -> dict[str, np.ndarray]:
-        bucket = pick([size(row, fmt) for _, row in group], buckets, n)
+        bucket = pick([size(row, fmt, parts) for _, row in group], buckets, n)
         mine = group[rows or slice(None)]
-        return collate([make_row(row, read(index, row), fmt, stream_weight) for index, row in mine], [bucket], n)
+        made = [make_row(row, read(index, row), fmt, stream_weight, parts) for index, row in mine]
+        return collate(made, [bucket], n)
 
     def read(index: int, row: Encoded) -> np.ndarray:
         sample = streams.samples[index]
@@ -84,18 +90,26 @@ def batches(
     return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)))
 
 
-def make_buckets(given: Sequence[Sequence[int]], streams: Streams, fmt: StreamFormat, max_frames: int) -> list[Bucket]:
+def make_buckets(
+    given: Sequence[Sequence[int]], streams: Streams, fmt: StreamFormat, max_frames: int, parts: int = 1
+) -> list[Bucket]:
     """The config's buckets (frames, text, labels), or, where it gives none, one that holds every stream.
 
     The latter reads all conversations once, rounds up (to 4 frames, 32 text tokens, 32 labels), and stops at
-    `max_frames` frames, where streams are cut.
+    `max_frames` frames, where streams are cut. parts: chunks of a row, over which frames must divide.
     """
     if given:
-        return [Bucket(*map(int, bucket)) for bucket in given]
+        buckets = [Bucket(*map(int, bucket)) for bucket in given]
+        if wrong := [tuple(bucket) for bucket in buckets if bucket.frames % parts]:
+            raise UserError(
+                f"the {wrong[0][0]} frames of data.buckets' {wrong[0]} do not divide over 2 x mesh.context = {parts} "
+                f"chunks of whole frames: give a multiple of {parts}"
+            )
+        return buckets
     huge = Bucket(max_frames, 2**31, 2**31)
-    sizes = [size(fit(sample.conversation, fmt, [huge])[0], fmt) for sample in streams.samples]
+    sizes = [size(fit(sample.conversation, fmt, [huge])[0], fmt, parts) for sample in streams.samples]
     need = Bucket(*map(max, zip(*sizes, strict=True)))
-    up = [-(-value // to) * to for value, to in zip(need, (4, 32, 32), strict=True)]
+    up = [-(-value // (step := math.lcm(to, parts))) * step for value, to in zip(need, (4, 32, 32), strict=True)]
     return [Bucket(*up)]
 
 

@@ -147,13 +147,17 @@ def _nothing(rows: Array):
     return jnp.full(shape[:3], _HIDDEN, jnp.float32), jnp.zeros(shape[:3], jnp.float32), jnp.zeros(shape, jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _tiles(q: Array, k: Array, v: Array, block: int) -> Array:
-    """q: [B, K, G, T, h], scaled; k, v: [B, K, T, h]; T a multiple of block -> [B, K, G, T, h]."""
-    return _tiles_forward(q, k, v, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _tiles(q: Array, k: Array, v: Array, number: Array, there: Array | None, block: int) -> Array:
+    """q: [B, K, G, T, h], scaled; k, v: [B, K, S, h]; T and S multiples of block -> [B, K, G, T, h].
+
+    number: i32[T / block], where each tile of queries lies among the tiles of keys; there: bool[B, S], False for keys
+    that nobody sees beside those that come later.
+    """
+    return _tiles_forward(q, k, v, number, there, block)[0]
 
 
-def _tiles_forward(q: Array, k: Array, v: Array, block: int):
+def _tiles_forward(q: Array, k: Array, v: Array, number: Array, there: Array | None, block: int):
     groups, blocks = q.shape[2], q.shape[3] // block
 
     def row(_, xs):
@@ -164,19 +168,21 @@ def _tiles_forward(q: Array, k: Array, v: Array, block: int):
             if diagonal:
                 seen = jnp.arange(block) <= (jnp.arange(rows.shape[2]) % block)[:, None]
                 logits = jnp.where(seen, logits, _HIDDEN)
+            if there is not None:
+                logits = jnp.where(_slice(there, j, block, axis=1)[:, None, None], logits, _HIDDEN)
             return _online(state, logits, _slice(v, j, block))
 
         top, total, out = tile(i, lax.fori_loop(0, i, tile, _nothing(rows)), diagonal=True)
         return None, ((out / total[..., None]).astype(q.dtype), top + jnp.log(total))
 
-    _, (out, lse) = lax.scan(row, None, (jnp.arange(blocks), _to_rows(q, blocks)))
+    _, (out, lse) = lax.scan(row, None, (number, _to_rows(q, blocks)))
     out = checkpoint_name(_from_rows(out, groups), KEPT)
     lse = checkpoint_name(_from_rows(lse, groups), KEPT)
-    return out, (q, k, v, out, lse)
+    return out, (q, k, v, number, there, out, lse)
 
 
 def _tiles_backward(block: int, kept, gradient: Array):
-    q, k, v, out, lse = kept
+    q, k, v, number, there, out, lse = kept
     groups, blocks = q.shape[2], q.shape[3] // block
     inner = (out.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(-1)
     k_turned = jnp.swapaxes(k, 2, 3)
@@ -190,6 +196,8 @@ def _tiles_backward(block: int, kept, gradient: Array):
             if diagonal:
                 seen = jnp.arange(block)[:, None] <= jnp.arange(rows.shape[2]) % block
                 logits = jnp.where(seen, logits, _HIDDEN)
+            if there is not None:
+                logits = jnp.where(_slice(there, j, block, axis=1)[:, None, :, None], logits, _HIDDEN)
             weights = jnp.exp(logits - lse[:, :, None])
             d_weights = _dot("bksh,bkth->bkst", _slice(v, j, block), d_out)
             d_logits = (weights * (d_weights - inner[:, :, None])).astype(q.dtype)
@@ -206,10 +214,10 @@ def _tiles_backward(block: int, kept, gradient: Array):
         dq, dk, dv = tile(i, lax.fori_loop(0, i, tile, (none, *carry)), diagonal=True)
         return (dk, dv), jnp.swapaxes(dq, 2, 3)
 
-    xs = jnp.arange(blocks), *(_to_rows(x, blocks) for x in (q, gradient, lse, inner))
+    xs = number, *(_to_rows(x, blocks) for x in (q, gradient, lse, inner))
     none = jnp.zeros(k.shape, jnp.float32)
     (dk, dv), dq = lax.scan(row, (none, none), xs)
-    return _from_rows(dq, groups).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    return _from_rows(dq, groups).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _tiles.defvjp(_tiles_forward, _tiles_backward)
@@ -222,14 +230,40 @@ def _group(q: Array, kv_heads: int) -> Array:
     return q.transpose(0, 2, 3, 1, 4)
 
 
+def _equal_blocks(size: int, block: int) -> tuple[int, int]:
+    """(blocks, block): as few equal blocks of at most about `block` as hold `size`, so that padding is short."""
+    blocks = -(-size // block)
+    return blocks, -(-size // blocks // 8) * 8 if blocks else block
+
+
 def blocked(q: Array, k: Array, v: Array, block: int = BLOCK) -> Array:
     batch, size, heads, width = q.shape
-    blocks = -(-size // block)
-    block = -(-size // blocks // 8) * 8 if blocks else block  # equal blocks, so that padding is short
+    blocks, block = _equal_blocks(size, block)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * block - size), (0, 0), (0, 0)))  # noqa: E731
-    q, k, v = pad(q), pad(k), pad(v)
-    out: Any = _tiles(_group(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), block)
+    q, k, v = _group(pad(q), k.shape[2]), pad(k).transpose(0, 2, 1, 3), pad(v).transpose(0, 2, 1, 3)
+    out: Any = _tiles(q, k, v, jnp.arange(blocks), None, block)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, -1, heads, width)[:, :size]
+
+
+def chunk_attention(q: Array, k: Array, v: Array, number: Array, there: Array, block: int = BLOCK) -> Array:
+    """Attention of some chunks of a sequence to all of it, whose chunks end in padding: "blocked" on any device.
+
+    q: [B, P, S, H, h], the chunks `number: i32[P]`; k, v: [B, N, S, K, h], all chunks; there: bool[B, N, S], False on
+    padding -> [B, P, S, H, h] in q's dtype. Chunk i costs as many tiles as lie in the triangle below its queries.
+    """
+    batch, parts, size, heads, width = q.shape
+    kv_heads = k.shape[3]
+    blocks, block = _equal_blocks(size, block)
+    padded = blocks * block
+
+    def rows(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, padded - size), *[(0, 0)] * (x.ndim - 3)))
+        return x.reshape(batch, -1, *x.shape[3:])
+
+    tile = (number[:, None] * blocks + jnp.arange(blocks)).reshape(-1)
+    keys, values = rows(k).transpose(0, 2, 1, 3), rows(v).transpose(0, 2, 1, 3)
+    out: Any = _tiles(_group(rows(q), kv_heads), keys, values, tile, rows(there), block)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, parts, padded, heads, width)[:, :, :size]
 
 
 def _blocked_cache(q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array, layer, used: Array) -> Array:

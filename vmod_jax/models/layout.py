@@ -36,6 +36,15 @@ class Layout(NamedTuple):
     valid: Array
 
 
+def _put(x: Array, index: Array, value: Array) -> Array:
+    """x with x[b, index[b, ...]] = value[b, ...]; indices outside are dropped. x: [B, S]; value as wide as index.
+
+    Row by row: told so, XLA's partitioner leaves rows where they are.
+    """
+    value = jnp.broadcast_to(value, index.shape)
+    return jax.vmap(lambda row, index, value: row.at[index].set(value, mode="drop"))(x, index, value)
+
+
 def find_frames(
     input_ids: Array,
     length: Array,
@@ -56,11 +65,8 @@ def find_frames(
     is_vision = (input_ids == frame_token_id) & valid
     order = jnp.cumsum(is_vision, axis=1, dtype=jnp.int32) - 1
     begins = is_vision & (order % n == 0)
-    rows = jnp.arange(batch)[:, None]
     frame_start = jnp.full((batch, num_frames), size, jnp.int32)
-    frame_start = frame_start.at[rows, jnp.where(begins, order // n, num_frames)].set(
-        jnp.broadcast_to(index, (batch, size)), mode="drop"
-    )
+    frame_start = _put(frame_start, jnp.where(begins, order // n, num_frames), index)
     first_position, first_frame = jnp.asarray(first_position), jnp.asarray(first_frame)
     return Layout(
         vision=jnp.where(is_vision, order, -1),
@@ -115,11 +121,10 @@ add_rows.defvjp(
 def invert(index: Array, size: int) -> Array:
     """The inverse of unique indices: i32[B, R] into [0, size) -> i32[B, size]; R where nothing points to."""
     batch, count = index.shape
-    rows = jnp.arange(batch)[:, None]
     inverse = jnp.full((batch, size), count, jnp.int32)
     # Negative indices would count from the end: send them, too, out of range.
     index = jnp.where(index < 0, size, index)
-    return inverse.at[rows, index].set(jnp.broadcast_to(jnp.arange(count), index.shape), mode="drop")
+    return _put(inverse, index, jnp.arange(count, dtype=jnp.int32))
 
 
 class Slots(NamedTuple):
@@ -140,13 +145,11 @@ def compaction_slots(layout: Layout, n: int, k: int) -> Slots:
     capacity = max(1, size - num_frames * (n - k))  # a chunk of frames alone keeps nothing at k = 0
     index = jnp.arange(size, dtype=jnp.int32)
     has_frame = layout.frame_start < size
-    rows = jnp.arange(batch)[:, None]
-    begins = jnp.zeros((batch, size), jnp.int32).at[rows, layout.frame_start].set(1, mode="drop")
+    begins = _put(jnp.zeros((batch, size), jnp.int32), layout.frame_start, jnp.int32(1))
     frames_before = jnp.cumsum(begins, axis=1)
     is_text = layout.valid & (layout.vision < 0)
     slot = jnp.where(is_text, index - frames_before * (n - k), capacity)
-    text = jnp.full((batch, capacity), size, jnp.int32)
-    text = text.at[rows, slot].set(jnp.broadcast_to(index, (batch, size)), mode="drop")
+    text = _put(jnp.full((batch, capacity), size, jnp.int32), slot, index)
     frame = layout.frame_start - jnp.arange(num_frames, dtype=jnp.int32) * (n - k)
     return Slots(text, jnp.where(has_frame, frame, capacity))
 
@@ -169,10 +172,9 @@ def compact(layout: Layout, slots: Slots, kept: Array) -> Compaction:
     chex.assert_rank(kept, 3)
     batch, size = layout.vision.shape
     capacity = slots.text.shape[1]
-    rows = jnp.arange(batch)[:, None, None]
     slot = slots.frame[:, :, None] + jnp.arange(kept.shape[2], dtype=jnp.int32)
     has_frame = layout.frame_start[:, :, None] < size
     slot = jnp.where(has_frame, slot, capacity)
-    index = slots.text.at[rows, slot].set(layout.frame_start[:, :, None] + kept, mode="drop")
-    vision = jnp.zeros((batch, capacity), bool).at[rows, slot].set(True, mode="drop")
+    index = _put(slots.text, slot, layout.frame_start[:, :, None] + kept)
+    vision = _put(jnp.zeros((batch, capacity), bool), slot, jnp.array(True))
     return Compaction(index, invert(index, size), vision)

@@ -17,12 +17,12 @@ import numpy as np
 from jax import Array, lax
 
 from vmod_jax.errors import UserError
-from vmod_jax.models import kv_cache, layer_expert
+from vmod_jax.models import context, kv_cache, layer_expert
 from vmod_jax.models.attention import NEVER, cache_attention, causal_attention, kept_by_remat
 from vmod_jax.models.depth import LayerSpec, Policy, Segment, num_kept, segments
 from vmod_jax.models.kv_cache import Cache
 from vmod_jax.models.layout import Layout, Slots, add_rows, compact, compaction_slots, take_rows
-from vmod_jax.models.placement import by_rows
+from vmod_jax.models.placement import by_rows, on_rows
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -359,10 +359,12 @@ def run_layers(
     dropout_key: Array | None = None,
     replay: dict[int, Array] | None = None,
     attention: str = "auto",
+    chunks: bool = False,
 ) -> tuple[Array, dict[int, Routed], Cache | None]:
     """All layers over a chunk `x: [B, T, d]`, a whole sequence or, with a cache, the next part of a stream.
 
     remat: a name of `REMAT`; attention: a name of `attention.BACKENDS`.
+    chunks: the rows are this device's chunks of streams that are split over devices: see `context`.
     replay: kept indices i32[B, F, k] of routed layers to use in place of the selector's, by layer.
     Returns the hidden states [B, T, d], what each routed layer decided, and the cache with the chunk in it.
     """
@@ -370,8 +372,9 @@ def run_layers(
     if remat not in REMAT:
         raise UserError(f"unknown remat policy '{remat}': use one of {', '.join(REMAT)}")
     # What is the same in all layers that keep k tokens a frame: once, not once a layer.
-    slots = {k: compaction_slots(layout, routing.n, k) for k in cache_kinds(policy, routing.n)}
-    rows = _Rows(stacked, layout, slots, config, routing, lora, remat, dropout_key, replay, attention)
+    with jax.named_scope("routing"):
+        slots = {k: compaction_slots(layout, routing.n, k) for k in cache_kinds(policy, routing.n)}
+    rows = _Rows(stacked, layout, slots, config, routing, lora, remat, dropout_key, replay, attention, chunks)
     decided: dict[int, Routed] = {}
     for segment in segments(policy):
         x, cache, routed = _run_segment(rows, segment, policy, x, cache)
@@ -392,6 +395,7 @@ class _Rows(NamedTuple):
     dropout_key: Array | None
     replay: dict[int, Array] | None
     attention: str
+    chunks: bool
 
 
 def cache_kinds(policy: Policy, n: int) -> tuple[int, ...]:
@@ -444,10 +448,13 @@ def _run_segment(rows: _Rows, segment: Segment, policy: Policy, x: Array, cache:
 
 
 def _attention(rows: _Rows, stack, row, position: Array, valid: Array):
-    """Attention of a layer: causal over the chunk itself or, with a cache, over what it holds and then the chunk.
+    """Attention of a layer: causal over the chunk itself, over a stream's chunks on all devices or, with a cache, over
+    what it holds and then the chunk.
 
     -> function (q, k, v) -> (out, stack)
     """
+    if rows.chunks:
+        return lambda q, k, v: (context.attention(q, k, v, valid.sum(1)), None)
     if stack is None:
         return lambda q, k, v: (causal_attention(q, k, v, rows.attention), None)
 
@@ -490,14 +497,16 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, j: int, params, x, layer, stack,
 
     # Which tokens: outside the checkpoint, so that the backward pass cannot choose others, and without a gradient,
     # which reaches the router through the gate alone.
-    routed = _choose(spec, lax.stop_gradient(x), lax.stop_gradient(weight), layout, routing, layer, k)
-    if replay is not None and routed is not None:
-        routed = routed._replace(kept=replay)
-    kept = jnp.zeros((*layout.frame_start.shape, 0), jnp.int32) if routed is None else routed.kept
-    packed = compact(layout, rows.slots[k], kept)
-    # An empty slot comes after all others; it is given the position NEVER and no query of a real token sees it.
-    position = jnp.take_along_axis(layout.position, packed.index, axis=1, mode="fill", fill_value=NEVER)
-    valid = packed.index < x.shape[1]
+    with jax.named_scope("routing"):
+        routed = _choose(spec, lax.stop_gradient(x), lax.stop_gradient(weight), layout, routing, layer, k)
+        if replay is not None and routed is not None:
+            routed = routed._replace(kept=replay)
+        kept = jnp.zeros((*layout.frame_start.shape, 0), jnp.int32) if routed is None else routed.kept
+        packed = compact(layout, rows.slots[k], kept)
+        # An empty slot comes after all others; it is given the position NEVER and no query of a real token sees it.
+        position = jnp.take_along_axis(layout.position, packed.index, axis=1, mode="fill", fill_value=NEVER)
+        valid = packed.index < x.shape[1]
+        x_kept = take_rows(x, packed.index, packed.inverse)
 
     def block(params, x_kept):
         params = _one(params, j)
@@ -514,8 +523,9 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, j: int, params, x, layer, stack,
         return update, new_stack
 
     # The checkpoint saves the compacted rows, not the whole sequence.
-    update, stack = REMAT[rows.remat](block)(params, take_rows(x, packed.index, packed.inverse))
-    return add_rows(x, update, packed.index, packed.inverse), stack, routed
+    update, stack = REMAT[rows.remat](block)(params, x_kept)
+    with jax.named_scope("routing"):
+        return add_rows(x, update, packed.index, packed.inverse), stack, routed
 
 
 def _choose(spec: LayerSpec, x, weight, layout: Layout, routing: Routing, layer, k: int) -> Routed | None:
@@ -530,4 +540,5 @@ def _choose(spec: LayerSpec, x, weight, layout: Layout, routing: Routing, layer,
         scores = layer_expert.random_scores(routing.seed, layer, layout.frame_index, n)
     else:
         scores = layer_expert.frame_scores(layer_expert.router_scores(x, weight), layout.frame_start, n)
-    return Routed(scores, layer_expert.select(scores, k, routing.always_keep_last))
+    select = functools.partial(layer_expert.select, k=k, always_keep_last=routing.always_keep_last)
+    return Routed(scores, on_rows(select)(scores))

@@ -6,6 +6,7 @@ mesh by being traced under it (`jax.sharding.use_abstract_mesh`). Elsewhere thes
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import Array
@@ -16,9 +17,14 @@ HEADS = ("tensor",)
 
 
 def _spec(*axes: tuple[str, ...]) -> PartitionSpec:
-    """The mesh's axes that the partitioner decides about, among those named; inside a `shard_map` there may be none."""
-    auto = jax.sharding.get_abstract_mesh().auto_axes
-    return PartitionSpec(*(tuple(axis for axis in names if axis in auto) for names in axes))
+    """The mesh's axes that the partitioner decides about, among those named; inside a `shard_map` there may be none.
+
+    Empty where they have one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    there = [tuple(axis for axis in names if axis in mesh.auto_axes) for names in axes]
+    alone = all(mesh.shape[axis] == 1 for names in there for axis in names)
+    return PartitionSpec(*() if alone else there)
 
 
 def by_rows(x: Array) -> Array:
@@ -27,13 +33,27 @@ def by_rows(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, spec) if any(spec) else x
 
 
-def by_heads(attention: Callable[[Array, Array, Array], Array]) -> Callable[[Array, Array, Array], Array]:
-    """Attention of [B, T, heads, h] queries, keys and values, each device for its own rows and heads.
+def _shard_map(function: Callable[..., Array], in_specs: Any, out_specs: Any) -> Callable[..., Array]:
+    auto = set(jax.sharding.get_abstract_mesh().auto_axes)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=auto, check_vma=False)
+
+
+def on_rows(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """A function [B, ...] -> [B, ...] of each row for itself, each device for its own rows.
+
+    For operations that the partitioner does not split, such as top-k.
+    """
+    spec = _spec(ROWS)
+    return _shard_map(function, spec, spec) if any(spec) else function
+
+
+def by_heads(attention: Callable[..., Array]) -> Callable[..., Array]:
+    """Attention of [B, T, heads, h] queries, keys and values (and more that is [B, ...]), each device for its own rows
+    and heads.
 
     For kernels that the partitioner cannot split.
     """
-    spec = _spec(ROWS, (), HEADS)
-    if not any(spec):
+    rows, heads = _spec(ROWS), _spec(ROWS, (), HEADS)
+    if not any(heads):
         return attention
-    auto = set(jax.sharding.get_abstract_mesh().auto_axes)
-    return jax.shard_map(attention, in_specs=spec, out_specs=spec, axis_names=auto, check_vma=False)
+    return lambda q, k, v, *more: _shard_map(attention, (heads,) * 3 + (rows,) * len(more), heads)(q, k, v, *more)

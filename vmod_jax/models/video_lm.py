@@ -18,10 +18,11 @@ from vmod_jax.errors import UserError
 from vmod_jax.models import kv_cache
 from vmod_jax.models.attention import BACKENDS
 from vmod_jax.models.connector import Connector
+from vmod_jax.models.context import Beginning
 from vmod_jax.models.depth import LayerSpec, Policy, num_kept
 from vmod_jax.models.kv_cache import Cache
 from vmod_jax.models.layer_expert import GATES, router_init_std
-from vmod_jax.models.layout import Layout, find_frames
+from vmod_jax.models.layout import Layout, find_frames, invert, take_rows
 from vmod_jax.models.llama import (
     NO_LORA,
     REMAT,
@@ -157,8 +158,9 @@ class VideoLM(nn.Module):
             return text
         tokens = self.connector(self.features(frames)).astype(dtype)
         tokens = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
-        index = jnp.clip(layout.vision, 0, tokens.shape[1] - 1)
-        return jnp.where((layout.vision >= 0)[..., None], jnp.take_along_axis(tokens, index[..., None], axis=1), text)
+        index = jnp.where(layout.vision >= 0, layout.vision, tokens.shape[1])
+        vision = take_rows(tokens, index, invert(index, tokens.shape[1]))
+        return jnp.where((layout.vision >= 0)[..., None], vision, text)
 
     def hidden(
         self,
@@ -167,12 +169,14 @@ class VideoLM(nn.Module):
         length: Array | None = None,
         cache: Cache | None = None,
         replay: dict[int, Array] | None = None,
+        begin: Beginning | None = None,
     ) -> Any:
         """The last layer's output before the final norm.
 
         input_ids: i32[B, T], of which row b uses the first length[b] (default: all); T >= n F + each row's text
         frames: f32[B, F, n, d_v] features, u8[B, F, S, S, 3] pixels, or None; a row uses as many as its text has
         cache: continue this stream; replay: {layer: kept i32[B, F, k]} instead of the selector's choice
+        begin: the rows are this device's chunks of streams that are split over devices (see `context`)
         -> (hidden [B, T, d], {layer: Routed}) and, with a cache, the cache that includes this chunk
         """
         c = self.config
@@ -180,13 +184,14 @@ class VideoLM(nn.Module):
         batch, size = input_ids.shape
         num_frames = 0 if frames is None else frames.shape[1]
         length = jnp.full(batch, size, jnp.int32) if length is None else length
-        start = (0, 0) if cache is None else (cache.position, cache.frames)
-        layout = find_frames(input_ids, length, c.frame_token_id, c.tokens_per_frame, num_frames, *start)
+        start = begin or ((0, 0) if cache is None else (cache.position, cache.frames))
+        with jax.named_scope("routing"):
+            layout = find_frames(input_ids, length, c.frame_token_id, c.tokens_per_frame, num_frames, *start)
         x = self.embed(input_ids, frames, layout)
         dropout_key = self.make_rng("dropout") if self.has_rng("dropout") else None
         x, routed, cache = run_layers(
             self.llama.stacked_layers(), x, layout, c.policy, c.llama, c.routing, c.lora, c.remat, cache,
-            dropout_key, replay, c.attention,
+            dropout_key, replay, c.attention, begin is not None,
         )  # fmt: skip
         for layer, decision in routed.items():
             self.sow("intermediates", f"routing_{layer}", decision)

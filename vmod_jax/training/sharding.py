@@ -2,8 +2,20 @@
 
 The mesh has four axes. `data` and `fsdp` split the batch; `fsdp` also splits every large parameter (and with it the
 optimiser's state) along its embedding axis, or LoRA's rank where there is none; `tensor` splits heads, MLP width and
-vocabulary; `context` is reserved for the token axis. XLA's partitioner derives every collective from the placements
-that follow from the table, and from the rows of the activations (`models/placement.py`).
+vocabulary; `context` splits the token axis of the activations, by whole frames. XLA's partitioner derives every
+collective from the placements that follow from the tables and from what the model says of its activations; attention
+over `context` is written out (`models/context.py`).
+
+    activations                          axes                    mesh axes
+    tokens, lengths, labels              rows, tokens | labels   (data, fsdp), context
+    frames: pixels, features             rows, frames            (data, fsdp), context
+    hidden states, compacted or not      rows, tokens, embed     (data, fsdp), context, -
+    queries, keys, values                rows, tokens, heads     (data, fsdp), context, tensor
+    inside the MLP                       rows, tokens, mlp       (data, fsdp), context, tensor
+    logits                               rows, labels, vocab     (data, fsdp), context, tensor
+    routing scores, kept indices         rows, frames, n | k     (data, fsdp), context, -
+
+The model places rows (`models/placement.py`), the data tokens and frames (`put_batch`), the parameters the rest.
 """
 
 import re
@@ -15,6 +27,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vmod_jax.errors import UserError
+from vmod_jax.models.context import zigzag
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -59,7 +72,8 @@ def make_mesh(sizes: Any, batch_size: int, heads: int, kv_heads: int, devices: S
 
     devices: to use in place of all there are, such as those of a machine that is elsewhere.
 
-    Raises UserError when it fits neither the devices nor the batch nor the model's heads.
+    Raises UserError when it fits neither the devices nor the batch nor the model's heads; frames are looked at where
+    the buckets are made.
     """
     shape = {axis: int(sizes[axis]) for axis in AXES}
     count = jax.device_count() if devices is None else len(devices)
@@ -70,10 +84,6 @@ def make_mesh(sizes: Any, batch_size: int, heads: int, kv_heads: int, devices: S
     shape = {axis: count // given if size == -1 else size for axis, size in shape.items()}
     if int(np.prod(list(shape.values()))) != count:
         raise UserError(f"{wanted} does not fit {count} device(s): the product of the sizes must be {count}")
-    if shape["context"] > 1:
-        raise UserError(
-            f"mesh.context={shape['context']}: splitting the token axis is not there yet, use mesh.context=1"
-        )
     rows = shape["data"] * shape["fsdp"]
     if batch_size % rows:
         raise UserError(f"batch_size={batch_size} does not divide over mesh.data x mesh.fsdp = {rows}")
@@ -105,21 +115,32 @@ def placements(tree: Any, mesh: Mesh) -> Any:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of a global batch that this process's devices hold (processes along `tensor` hold the same rows)."""
+    """The rows of a global batch that this process's devices hold (the same along context, tensor)."""
     indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,)).values()
     rows = [index[0].indices(batch_size) for index in indices if index is not None]
     return slice(min(start for start, _, _ in rows), max(stop for _, stop, _ in rows))
 
 
+def chunks_per_row(mesh: Mesh) -> int:
+    """How many chunks the data cut every row into: two for each device along `context`, none on one device."""
+    return 2 * mesh.shape["context"] if mesh.shape["context"] > 1 else 1
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """This process's rows (`local_rows`) of a global batch -> global arrays over (data, fsdp)."""
-    sharding, first = NamedSharding(mesh, BATCH), local_rows(mesh, batch_size).start
+    """This process's rows (`local_rows`) of a global batch -> global arrays over (data, fsdp) and, as chunks, context.
+
+    Along `context` a device gets two chunks of every row of its own: see `models/context.py`.
+    """
+    chunks, first = chunks_per_row(mesh), local_rows(mesh, batch_size).start
+    sharding = NamedSharding(mesh, BATCH if chunks == 1 else PartitionSpec(*BATCH, "context"))
 
     def put(local: np.ndarray) -> jax.Array:
-        def rows(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
-            return local[start - first : stop - first]
+        local = zigzag(local, chunks) if chunks > 1 else local
 
-        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, rows)
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return local[(slice(start - first, stop - first), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
 
     return {name: put(array) for name, array in batch.items()}
