@@ -46,13 +46,14 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The step of the last whole checkpoint."""
-        return self.manager.latest_step()
+        step = self.manager.latest_step()
+        return None if step is None else int(step)  # NumPy's, where one process has told the others
 
     def best(self) -> tuple[int, float] | None:
         """(step, val_loss) of the best checkpoint, of those that were evaluated."""
         step = self.manager.best_step()
         metrics = (step is not None and self.manager.metrics(step)) or {}
-        return (step, metrics["val_loss"]) if step is not None and "val_loss" in metrics else None
+        return (int(step), metrics["val_loss"]) if step is not None and "val_loss" in metrics else None
 
     def save(
         self,
