@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,7 +135,9 @@ def shapes(data: Any, split: str, image_size: int) -> Streams:
     from vmod_jax.data.sources import shapes
 
     counts = {name: data[f"{name}_videos"] for name in ("train", "val", "test")}
-    name = "-".join(["shapes", *map(str, counts.values()), f"seed{data.seed}"])
+    # Another world than today's would be other videos under the same name.
+    world = zlib.crc32(repr(shapes.World()).encode())
+    name = "-".join(["shapes", *map(str, counts.values()), f"seed{data.seed}", f"{world:08x}"])
     root = Path(data.root).expanduser() if data.root else cache_folder() / name
     if not (root / "narrations.json").exists():
         shapes.generate(root, **counts, seed=data.seed)
