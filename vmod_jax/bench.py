@@ -30,6 +30,10 @@ class Benchmark(NamedTuple):
 
 BENCHMARKS = {
     "train-step": Benchmark("benchmarks.train_step", "a training step: MoD, full and PyTorch in turn"),
+    "attention": Benchmark("benchmarks.attention", "attention by back end, beside the reference and PyTorch"),
+    "routing": Benchmark("benchmarks.routing", "routing alone as a share of a routed layer's time"),
+    "stream": Benchmark("benchmarks.stream", "seconds a frame of a stream: MoD, full, int8 and PyTorch in turn"),
+    "decode-video": Benchmark("benchmarks.decode_video", "the video reader beside plain decoding"),
     "aot": Benchmark("benchmarks.aot", "full-size steps compiled for TPUs that are not here: memory, collectives"),
     "flops": Benchmark("benchmarks.flops", "the paper's FLOPs column for any model and policy"),
 }

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vmod_jax.bench import row
 from vmod_jax.errors import UserError
@@ -35,7 +35,7 @@ from vmod_jax.models.video_lm import VideoLM, VideoLMConfig
 from vmod_jax.train import abstract_state, make_step
 from vmod_jax.training.config import defaults
 from vmod_jax.training.optimizer import make_optimizer, trained_groups
-from vmod_jax.training.sharding import AXES, BATCH, make_mesh
+from vmod_jax.training.sharding import AXES, BATCH, chunks_per_row, make_mesh
 
 LLAMA_3_70B = dataclasses.replace(
     LLAMA_3_8B, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
@@ -80,6 +80,9 @@ CASES = {
     "8b-v6e-8-600x10": Case("8b", "v6e-8", 600, 10, (1, 8, 1, 1), 8),
     "8b-v5p-8-600x10": Case("8b", "v5p-8", 600, 10, (1, 4, 1, 1), 4),
     "8b-v5p-8-1200x50": Case("8b", "v5p-8", 1200, 50, (1, 4, 1, 1), 4),
+    "8b-v6e-8-1200x50": Case("8b", "v6e-8", 1200, 50, (1, 2, 4, 1), 2),
+    "8b-v5e-16-1200x50": Case("8b", "v5e-16", 1200, 50, (1, 4, 4, 1), 4),
+    "70b-v5p-32-600x10": Case("70b", "v5p-32", 600, 10, (1, 16, 1, 1), 16),
     "70b-v5p-128-600x10": Case("70b", "v5p-128", 600, 10, (1, 64, 1, 1), 64),
 }
 
@@ -159,18 +162,24 @@ def model_config(case: Case, policy: str) -> VideoLMConfig:
 
 
 def abstract_batch(case: Case, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of rows that are all `frames` frames and TEXT tokens long, every frame and half the text labelled."""
-    size, labels = case.frames * case.tokens + TEXT, case.frames + TEXT // 2
+    """A batch of rows that are all `frames` frames and TEXT tokens long, every frame and half the text labelled.
+
+    Over `context` each row is cut into equal chunks (`data/batch.py`).
+    """
+    size, labels, parts = case.frames * case.tokens + TEXT, case.frames + TEXT // 2, chunks_per_row(mesh)
+    assert case.frames % parts == TEXT % parts == labels % parts == 0
     shapes = {
         "input_ids": ((size,), jnp.int32),
-        "length": ((), jnp.int32),
+        "length": ((), jnp.int32) if parts == 1 else ((parts,), jnp.int32),
         "frames": ((case.frames, case.tokens, 1024), jnp.float32),
         "label_pos": ((labels,), jnp.int32),
         "label": ((labels,), jnp.int32),
         "label_weight": ((labels,), jnp.float32),
         "label_is_stream": ((labels,), jnp.bool_),
     }
-    place = NamedSharding(mesh, BATCH)
+    if parts > 1:
+        shapes |= {name: ((parts,), jnp.int32) for name in ("first_position", "first_frame")}
+    place = NamedSharding(mesh, BATCH if parts == 1 else PartitionSpec(*BATCH, "context"))
     return {
         name: jax.ShapeDtypeStruct((case.rows, *shape), dtype, sharding=place)
         for name, (shape, dtype) in shapes.items()
