@@ -103,6 +103,39 @@ def test_a_bucket_for_everything(streams, fmt):
     assert make_buckets((), streams, fmt, 3)[0].frames == 4
 
 
+def test_chunks_of_whole_frames(streams, fmt, caplog):
+    """A mesh with context=2 trains on the same tokens, each row cut in four."""
+    with pytest.raises(
+        UserError, match=r"the 6 frames of data.buckets' \(6, 128, 64\) do not divide over 2 x .* = 4 chunks"
+    ):
+        make_buckets([(8, 128, 64), (6, 128, 64)], streams, fmt, 1200, parts=4)
+    (bucket,) = make_buckets((), streams, fmt, 3, parts=4)
+    assert bucket.frames % 4 == bucket.text % 32 == 0
+    whole = next(batches(streams, fmt, make_buckets((), streams, fmt, 3), SAMPLES, seed=0, max_frames=3))
+    split = next(batches(streams, fmt, [bucket], SAMPLES, seed=0, parts=4, max_frames=3))
+    assert split["input_ids"].shape == (SAMPLES, bucket.tokens(N))
+    ids, frames = (split[name].reshape(SAMPLES, 4, -1, *split[name].shape[2:]) for name in ("input_ids", "frames"))
+    for row in range(SAMPLES):
+        length = split["length"][row]
+        joined = np.concatenate([ids[row, part, : length[part]] for part in range(4)])
+        np.testing.assert_array_equal(joined, whole["input_ids"][row, : whole["length"][row]])
+        np.testing.assert_array_equal(split["first_position"][row], np.cumsum(length) - length)
+        counts = (ids[row] == fmt.frame_token_id).sum(-1) // N
+        np.testing.assert_array_equal(split["first_frame"][row], np.cumsum(counts) - counts)
+        shown = np.concatenate([frames[row, part, : counts[part]] for part in range(4)])
+        np.testing.assert_array_equal(shown, whole["frames"][row, : len(shown)])
+        # Labels are those of the whole row, at the same tokens.
+        there = split["label"][row] != -100
+        part = np.arange(bucket.labels) // (bucket.labels // 4)
+        place = (split["label_pos"][row] + split["first_position"][row][part])[there]
+        listed = whole["label"][row] != -100
+        np.testing.assert_array_equal(place, whole["label_pos"][row][listed])
+        for name in ("label", "label_weight", "label_is_stream"):
+            np.testing.assert_array_equal(split[name][row][there], whole[name][row][listed])
+    with pytest.raises(UserError, match=r"split into 2 x mesh.context = 8 chunks of whole frames.*add a larger one"):
+        next(batches(streams, fmt, [Bucket(4, 128, 64)], SAMPLES, seed=0, parts=8))
+
+
 def _data(**values):
     return ml_collections.ConfigDict({"fps": 2.0, "root": "", "seed": 0} | values)
 

@@ -90,6 +90,16 @@ def test_rematerialisation_over_context(run):
 
 
 @pytest.mark.slow
+def test_lora_over_context(run):
+    """Equal without dropout; with it, equal at the first step, where B is still zero, and not after."""
+    one, other = run("interleaved", "data=1", "context=4,fsdp=2", model={"lora": {"rank": 4}})
+    same(one, other)
+    (dropped,) = run("interleaved", "context=4,fsdp=2", model={"lora": {"rank": 4, "dropout": 0.1}})
+    np.testing.assert_allclose(dropped["losses"][0][:3], one["losses"][0][:3], rtol=1e-5)
+    assert 1e-5 < abs(dropped["losses"][-1][0] / one["losses"][-1][0] - 1) < 0.1
+
+
+@pytest.mark.slow
 def test_a_run_moves_from_a_context_mesh_to_one_device(tiny_run, tiny_config, tmp_path):
     """`vmod train` itself, with gradient accumulation: four steps on eight devices, four more on one."""
     from vmod_jax.train import train

@@ -33,6 +33,19 @@ def by_rows(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, spec) if any(spec) else x
 
 
+def lookup(table: Array, index: Array) -> Array:
+    """table[index]: [V, d], i32[B, T] -> [B, T, d] by rows.
+
+    Each device looks up its part of the width for its neighbours along `fsdp` too, and sends them theirs: the table,
+    which is large, stays where it is.
+    """
+    spec = _spec(ROWS[:1], (), ROWS[1:])
+    if not any(spec):
+        return table[index]
+    place = jax.lax.with_sharding_constraint
+    return by_rows(place(table[place(index, PartitionSpec(spec[0]))], spec))
+
+
 def _shard_map(function: Callable[..., Array], in_specs: Any, out_specs: Any) -> Callable[..., Array]:
     auto = set(jax.sharding.get_abstract_mesh().auto_axes)
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=auto, check_vma=False)

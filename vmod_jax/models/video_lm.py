@@ -35,6 +35,7 @@ from vmod_jax.models.llama import (
     cache_kinds,
     run_layers,
 )
+from vmod_jax.models.placement import lookup
 from vmod_jax.models.vision import VisionConfig, VisionTower
 
 # How parameters are stored: every leaf below `layers` holds all layers, whatever the policy (there is no scan unit).
@@ -151,7 +152,7 @@ class VideoLM(nn.Module):
         dtype = DTYPES[self.config.dtype]
         table = self.llama.embedding()
         # The frame token has no row of its own; its embedding is never looked at.
-        text = table[jnp.clip(input_ids, 0, table.shape[0] - 1)].astype(dtype)
+        text = lookup(table, jnp.clip(input_ids, 0, table.shape[0] - 1)).astype(dtype)
         if frames is None or frames.shape[1] == 0:
             if self.is_initializing():
                 self.connector(jnp.zeros((1, self.config.vision_hidden_size)))
