@@ -207,7 +207,7 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
         checkpoints,
         MetricsLog(workdir, start, config.steps) as log,
         Trace(workdir / "profile", config.profile) as trace,
-        processes.Interruptions() as interruptions,
+        processes.Interruptions(start) as interruptions,
     ):
         while step < end:
             trace.before(step + 1)

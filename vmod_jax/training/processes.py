@@ -106,17 +106,20 @@ class Interruptions:
     belongs to JAX's pre-emption service (from `join` on), which names a step to all; SIGINT is passed on to it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: int = 0) -> None:
+        """start: the step that the run goes on from, the same in every process."""
         self.caught: list[int] = []
         self.usual: dict[int, Any] = {}
         self.many = jax.distributed.is_initialized()
+        # The service counts steps from 0 on; what it was told before now it may have set for any step up to here.
+        self.agreed = self.many and any(multihost_utils.reached_preemption_sync_point(i + 1) for i in range(start))
 
     def stop(self, step: int) -> bool:
         """Whether to save and stop after `step`: the same answer in every process. To be asked once a step."""
-        if self.many and multihost_utils.reached_preemption_sync_point(step):
-            self.caught = self.caught or [signal.SIGTERM]
-        elif self.many:
-            return False
+        if self.many:
+            self.agreed = multihost_utils.reached_preemption_sync_point(step) or self.agreed
+            self.caught = self.caught or [signal.SIGTERM] * self.agreed
+            return self.agreed
         return bool(self.caught)
 
     @property
