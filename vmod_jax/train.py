@@ -87,6 +87,8 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
     if str(workdir).startswith("gs:/"):
         raise UserError(f"--workdir {workdir}: give a folder in which that bucket is mounted (launch/tpu.sh --bucket)")
     config, workdir = configuration.complete(config), Path(workdir).expanduser()
+    if config.init_from:
+        config.init_from = str(Path(config.init_from).expanduser())
     say = print if jax.process_index() == 0 else lambda *_: None
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -288,8 +290,8 @@ def make_loss(model: VideoLM, mesh: Mesh) -> Any:
         variables = {"params": merge(trained, frozen)}
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the model places its activations by it
             hidden = (over_context(labelled) if "first_frame" in batch else labelled)(variables, batch, rngs)
-        logits: Any = model.apply(variables, hidden, method="logits")
-        return objective.loss(logits, batch["label"], batch["label_weight"], batch["label_is_stream"])
+        head: Any = functools.partial(model.apply, variables, method="logits")
+        return objective.head_loss(head, hidden, batch["label"], batch["label_weight"], batch["label_is_stream"])
 
     return loss
 

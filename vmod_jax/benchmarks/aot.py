@@ -178,7 +178,7 @@ def abstract_batch(case: Case, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:
         "label_is_stream": ((labels,), jnp.bool_),
     }
     if parts > 1:
-        shapes |= {name: ((parts,), jnp.int32) for name in ("first_position", "first_frame")}
+        shapes |= dict.fromkeys(("first_position", "first_frame"), ((parts,), jnp.int32))
     place = NamedSharding(mesh, BATCH if parts == 1 else PartitionSpec(*BATCH, "context"))
     return {
         name: jax.ShapeDtypeStruct((case.rows, *shape), dtype, sharding=place)
