@@ -36,6 +36,7 @@ BENCHMARKS = {
     "decode-video": Benchmark("benchmarks.decode_video", "the video reader beside plain decoding"),
     "aot": Benchmark("benchmarks.aot", "full-size steps compiled for TPUs that are not here: memory, collectives"),
     "flops": Benchmark("benchmarks.flops", "the paper's FLOPs column for any model and policy"),
+    "summary": Benchmark("benchmarks.summary", "a markdown table of results that --json has written"),
 }
 
 

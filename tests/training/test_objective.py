@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vmod_jax.training.objective import gather_labelled, loss
+from vmod_jax.training.objective import gather_labelled, head_loss, loss
 
 
 @pytest.fixture
@@ -58,6 +58,44 @@ def test_hidden_states_at_the_labels():
     np.testing.assert_array_equal(got[1], [hidden[1, 3], [0, 0, 0], [0, 0, 0]])
     (grad,) = pull(jnp.ones_like(got))
     np.testing.assert_array_equal(grad[..., 0], [[1, 0, 1, 0], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("largest", [1, 28, 60])
+def test_parts_of_the_labels_are_the_whole(batch, largest):
+    """5, 3 and 2 parts, of which the last is padded or not; the gradient of the head too."""
+    _, label, weight, is_stream = map(jnp.asarray, batch)
+    rng = np.random.default_rng(2)
+    hidden, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 5, 3), (3, 7)))
+
+    def run(largest):
+        def value(hidden, kernel):
+            return head_loss(lambda x: x @ kernel, hidden, label, weight, is_stream, largest)
+
+        return jax.value_and_grad(value, (0, 1), has_aux=True)(hidden, kernel)
+
+    whole, parts = run(70), run(largest)
+    assert jax.tree.structure(whole) == jax.tree.structure(parts)
+    for x, y in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+
+
+def test_parts_never_hold_all_logits():
+    """At Llama-3's vocabulary and 2048 labels the temporary memory is that of the parts."""
+    labels, width, vocabulary = 2048, 16, 128256
+    shapes = [(jnp.bfloat16, (1, labels, width)), (jnp.bfloat16, (width, vocabulary))]
+    hidden, kernel = (jax.ShapeDtypeStruct(shape, dtype) for dtype, shape in shapes)
+    rest = jnp.zeros((1, labels), jnp.int32), jnp.ones((1, labels)), jnp.zeros((1, labels), bool)
+
+    def temporary(largest):
+        def value(hidden, kernel):
+            return head_loss(lambda x: (x @ kernel).astype(jnp.float32), hidden, *rest, largest)[0]
+
+        analysis = jax.jit(jax.grad(value)).lower(hidden, kernel).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    logits = 4 * labels * vocabulary
+    assert temporary(labels * vocabulary) > logits
+    assert temporary(labels * vocabulary // 16) < logits / 4
 
 
 @pytest.mark.goldens

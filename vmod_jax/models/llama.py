@@ -256,7 +256,7 @@ def linear(params: dict[str, Array], x: Array, lora: LoraConfig, dropout_key: Ar
     """x W + (alpha / r) drop(x) A B in x's dtype: [..., in] -> [..., out]. W may be int8 with a scale a column."""
     y = x @ params["kernel"].astype(x.dtype)
     if "scale" in params:
-        y *= params["scale"].astype(x.dtype)
+        y = (y.astype(jnp.float32) * params["scale"]).astype(x.dtype)
     if "lora_a" in params:
         low = x
         if dropout_key is not None and lora.dropout:

@@ -1,5 +1,7 @@
 """The training objective (paper section 3.3): cross-entropy at the labelled positions, and nowhere else."""
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,40 @@ def gather_labelled(hidden: jax.Array, label_pos: jax.Array) -> jax.Array:
     return take_rows(hidden, label_pos, invert(label_pos, hidden.shape[1]))
 
 
+# Logits f32[B, M, V] of more numbers than this (1 GiB, and as much for their gradient) are made in parts.
+LARGEST = 1 << 28
+
+
+def head_loss(
+    head: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    label: jax.Array,
+    label_weight: jax.Array,
+    label_is_stream: jax.Array,
+    largest: int = LARGEST,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`loss` of head(hidden), without logits of all labels at once where those are more than `largest` numbers.
+
+    head: dtype[B, m, d] -> f32[B, m, V]; hidden: dtype[B, M, d] at the labelled positions. In parts, each part's logits
+    are computed again on the way back.
+    """
+    batch, labels, _ = hidden.shape
+    vocabulary = jax.eval_shape(head, hidden).shape[-1]
+    parts = min(labels, -(-batch * labels * vocabulary // largest))
+    if parts <= 1:
+        return loss(head(hidden), label, label_weight, label_is_stream)
+    size = -(-labels // parts)
+
+    def split(x: jax.Array, fill: int = 0) -> jax.Array:
+        """[B, M, ...] -> [parts, B, size, ...]"""
+        x = jnp.pad(x, ((0, 0), (0, parts * size - labels), *[(0, 0)] * (x.ndim - 2)), constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, parts, size, *x.shape[2:]), 1, 0)
+
+    part = jax.checkpoint(lambda hidden, label: _cross_entropy(head(hidden), label), prevent_cse=False)
+    _, values = jax.lax.scan(lambda _, x: (None, part(*x)), None, (split(hidden), split(label, IGNORE)))
+    return _means(jnp.moveaxis(values, 0, 1).reshape(batch, -1)[:, :labels], label, label_weight, label_is_stream)
+
+
 def loss(
     logits: jax.Array, label: jax.Array, label_weight: jax.Array, label_is_stream: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -33,9 +69,20 @@ def loss(
     chex.assert_shape(logits, (batch, labels, None))
     chex.assert_shape([label_weight, label_is_stream], (batch, labels))
     chex.assert_type([logits, label, label_weight, label_is_stream], [jnp.float32, jnp.int32, jnp.float32, bool])
+    return _means(_cross_entropy(logits, label), label, label_weight, label_is_stream)
+
+
+def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """f32[B, M, V], i32[B, M] -> f32[B, M], 0 where there is no label."""
     there = label != IGNORE
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(there, label, 0))
-    cross_entropy = jnp.where(there, cross_entropy, 0)
+    values = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(there, label, 0))
+    return jnp.where(there, values, 0)
+
+
+def _means(
+    cross_entropy: jax.Array, label: jax.Array, label_weight: jax.Array, label_is_stream: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    there = label != IGNORE
 
     def mean(values: jax.Array, among: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(among, values, 0)) / jnp.maximum(jnp.sum(among), 1)
