@@ -19,14 +19,8 @@ from vmod_jax.training.metrics import read_metrics
 pytestmark = pytest.mark.mesh
 
 WORKER = Path(__file__).with_name("mesh_runs.py")
-MESHES = (
-    "data=8",
-    "fsdp=8",
-    "data=2,fsdp=4",
-    "context=4,fsdp=2",
-    "tensor=2,data=4",
-    "context=2,fsdp=2,tensor=2",
-)
+MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4", "context=4,fsdp=2", "tensor=2,data=4")
+ALL_AXES = "context=2,fsdp=2,tensor=2"
 TIE = 1e-6
 # Keys, values and chunk lengths are gathered once for each layer traced, the gradients of the first two scattered.
 GATHERED = {"full": 5, "interleaved": 10, "all": 5}
@@ -54,7 +48,8 @@ def same(one, other):
     assert one["losses"][-1][0] < one["losses"][0][0] - 1
     clear = np.asarray(one["gap"]) > TIE
     print(f"{other['policy']} on {other['mesh']}: {(~clear).sum()} of {clear.size} frames tie")
-    assert clear.mean() > 0.99 or one["policy"] == "full"
+    assert (~clear).sum() <= 0.01 * clear.size
+    assert clear.size or one["policy"] == "full"
     assert len(one["kept"]) == len(other["kept"]) == clear.size
     for frame in np.nonzero(clear)[0]:
         assert one["kept"][frame] == other["kept"][frame], other["mesh"]
@@ -73,7 +68,8 @@ def test_context_is_one_device_and_routing_needs_no_collective(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["full", "interleaved", "all"])
 def test_every_mesh_is_one_device(run, policy):
-    one, *others = run(policy, "data=1", *MESHES)
+    meshes = (*MESHES, ALL_AXES) if policy == "interleaved" else MESHES
+    one, *others = run(policy, "data=1", *meshes)
     for other in others:
         same(one, other)
         assert other["collectives"]["routing"] == 0, other["mesh"]
@@ -81,19 +77,13 @@ def test_every_mesh_is_one_device(run, policy):
 
 
 @pytest.mark.slow
-def test_rematerialisation_over_context(run):
-    """Selection stays that of the forward pass, and chunks are gathered again."""
-    one, other = run("interleaved", "data=1", "context=4,fsdp=2", remat="full")
+def test_lora_and_rematerialisation_over_context(run):
+    """Chunks are gathered again on the way back; with dropout, the first step, where B is zero, is the same."""
+    changes = {"model": {"lora": {"rank": 4}}, "remat": "full"}
+    one, other = run("interleaved", "data=1", "context=4,fsdp=2", **changes)
     same(one, other)
     assert other["collectives"]["routing"] == 0
     assert other["collectives"]["context"] > GATHERED["interleaved"]
-
-
-@pytest.mark.slow
-def test_lora_over_context(run):
-    """Equal without dropout; with it, equal at the first step, where B is still zero, and not after."""
-    one, other = run("interleaved", "data=1", "context=4,fsdp=2", model={"lora": {"rank": 4}})
-    same(one, other)
     (dropped,) = run("interleaved", "context=4,fsdp=2", model={"lora": {"rank": 4, "dropout": 0.1}})
     np.testing.assert_allclose(dropped["losses"][0][:3], one["losses"][0][:3], rtol=1e-5)
     assert 1e-5 < abs(dropped["losses"][-1][0] / one["losses"][-1][0] - 1) < 0.1
