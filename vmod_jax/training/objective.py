@@ -46,13 +46,13 @@ def head_loss(
     size = -(-labels // parts)
 
     def split(x: jax.Array, fill: int = 0) -> jax.Array:
-        """[B, M, ...] -> [parts, B, size, ...]"""
+        """[B, M, ...] -> [parts, B, size, ...]: part i is labels i, i + parts, ..., a share of every device's."""
         x = jnp.pad(x, ((0, 0), (0, parts * size - labels), *[(0, 0)] * (x.ndim - 2)), constant_values=fill)
-        return jnp.moveaxis(x.reshape(batch, parts, size, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(batch, size, parts, *x.shape[2:]), 2, 0)
 
     part = jax.checkpoint(lambda hidden, label: _cross_entropy(head(hidden), label), prevent_cse=False)
     _, values = jax.lax.scan(lambda _, x: (None, part(*x)), None, (split(hidden), split(label, IGNORE)))
-    return _means(jnp.moveaxis(values, 0, 1).reshape(batch, -1)[:, :labels], label, label_weight, label_is_stream)
+    return _means(jnp.moveaxis(values, 0, 2).reshape(batch, -1)[:, :labels], label, label_weight, label_is_stream)
 
 
 def loss(
