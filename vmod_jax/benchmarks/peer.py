@@ -61,7 +61,11 @@ class Peer:
                 r=config.lora.rank, lora_alpha=int(config.lora.alpha), lora_dropout=config.lora.dropout,
                 target_modules=[*(path.split(".")[1] for path in LINEARS.values()), "lm_head"],
             )  # fmt: skip
-            model = peft.get_peft_model(model, adapters)
+            with warnings.catch_warnings():  # the names by which all versions of transformers 5 and peft know it
+                warnings.simplefilter("ignore", FutureWarning)
+                model = peft.get_peft_model(model, adapters)
+                if training:
+                    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.connector = torch.nn.Sequential(
                 torch.nn.Linear(config.vision_hidden_size, c.hidden_size),
                 torch.nn.GELU(),
@@ -70,9 +74,6 @@ class Peer:
         self.model = model
         self._copy(params)
         if training:
-            with warnings.catch_warnings():  # peft still calls it by its old name
-                warnings.simplefilter("ignore", FutureWarning)
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.train()
             trained = [p for p in (*model.parameters(), *self.connector.parameters()) if p.requires_grad]
             self.trained, self.optimizer = trained, torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
