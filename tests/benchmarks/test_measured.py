@@ -33,7 +33,14 @@ def test_train_step(tmp_path, capsys):
     pytest.importorskip("peft")
     results = run(tmp_path, "train-step", *TINY, "--streams", "5x6+20", "--rounds", "1")
     rows = {entry["kind"]: entry for entry in results["rows"]}
-    assert [entry["kind"] for entry in results["rows"]] == ["forward", "train_step", "memory", "peer", "peer"]
+    assert [entry["kind"] for entry in results["rows"]] == [
+        "forward",
+        "train_step",
+        "carried",
+        "memory",
+        "peer",
+        "peer",
+    ]
     assert (rows["train_step"]["remat"], rows["train_step"]["dtype"]) == ("attention", "float32")
     # L = 2 T 32 (32 + 2 16 + 32 + 3 48) and so on, by hand: keep 0.2 of 5 leaves 1 token a frame.
     work = []
@@ -42,7 +49,9 @@ def test_train_step(tmp_path, capsys):
         adapters = 4 * (2 * 64 + 2 * 48 + 3 * 80)
         work.append(2 * tokens * (3 * weights + 4 * adapters) + 3.5 * 2 * tokens**2 * 32)
     assert rows["train_step"]["formula_ratio"] == pytest.approx((work[0] + work[1]) / (2 * work[0]))
-    assert rows["memory"]["formula_ratio"] == pytest.approx((50 + 26) / 100)
+    assert rows["memory"]["formula_ratio"] == rows["carried"]["formula_ratio"] == pytest.approx((50 + 26) / 100)
+    # Carried: the input and the attention's output [T, d] and its log-sum-exp [T, H], tiles of 8 tokens.
+    assert rows["carried"]["baseline"] * 2**20 == 2 * 4 * (50 * 32 + 56 * (32 + 4))
     (check,) = results["checks"]
     assert check["bit_equal"] == {"mod": True, "full": True}
     assert check["losses"]["peer"] == pytest.approx(check["losses"]["full"], rel=1e-5)

@@ -1,7 +1,8 @@
 """`vmod bench train-step`: a training step of the method beside full computation and beside PyTorch, taken in turn.
 
-Rows, for each stream: the forward pass and the training step MoD / full beside their formula; the temporary memory of
-the compiled steps; both steps over PyTorch's dense one (`peer.py`). Every step is checked to give the same bits again.
+Rows, for each stream: the forward pass and the training step MoD / full beside their formula; what is carried from the
+forward to the backward pass, and all temporary memory of the compiled steps, beside the share of tokens that layers
+compute; both steps over PyTorch's dense one (`peer.py`). Every step is checked to give the same bits again.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vmod_jax.bench import interleave, pair, print_table, row
@@ -71,7 +73,8 @@ class Step:
         model = VideoLM(config)
         self.compiled = make_step(model, optimizer, self.state, mesh).lower(self.state, frozen, self.batch, 0).compile()
         loss = make_loss(model, mesh)
-        self.loss = jax.jit(lambda trained, frozen, batch: loss(trained, frozen, batch, {})[0])
+        self.scalar = lambda trained, frozen, batch: loss(trained, frozen, batch, {})[0]
+        self.loss = jax.jit(self.scalar)
 
     def step(self) -> float:
         """One step, to its end: -> the loss before it."""
@@ -92,6 +95,14 @@ class Step:
     def temporary_bytes(self) -> int:
         analysis: Any = self.compiled.memory_analysis()
         return analysis.temp_size_in_bytes
+
+    @property
+    def carried_bytes(self) -> int:
+        """Bytes that the forward pass keeps for the backward one, layer by layer: what its scans stack of floats."""
+        jaxpr = jax.make_jaxpr(jax.grad(self.scalar))(self.state.trained, self.frozen, self.batch).jaxpr
+        scans = [e for e in jaxpr.eqns if e.primitive.name == "scan" and not e.params["reverse"]]
+        stacked = [v.aval for e in scans for v in e.outvars[e.params["num_carry"] :]]
+        return sum(a.size * a.dtype.itemsize for a in stacked if jnp.issubdtype(a.dtype, jnp.floating))
 
 
 def carried_ratio(config: VideoLMConfig, stream: Stream) -> float:
@@ -137,6 +148,7 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[
     size = f"{stream.tokens}x{stream.frames}+{stream.text}"
     common: dict[str, Any] = {"dtype": config.dtype, "tokens": stream.size} | stream.row_keys()
     mib = {name: step.temporary_bytes / 2**20 for name, step in steps.items()}
+    carried = {name: step.carried_bytes / 2**20 for name, step in steps.items()}
     rows = [
         row(
             f"{size} forward MoD/full", "forward", **pair(forward["mod"], forward["full"]),
@@ -145,6 +157,10 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[
         row(
             f"{size} train step MoD/full", "train_step", **pair(times["mod"], times["full"]),
             formula_ratio=ratio_of_formula(config, stream, config.remat), remat=config.remat, **common,
+        ),
+        row(
+            f"{size} carried MoD/full", "carried", carried["mod"], carried["full"],
+            formula_ratio=carried_ratio(config, stream), remat=config.remat, **common,
         ),
         row(
             f"{size} memory MoD/full", "memory", mib["mod"], mib["full"],
