@@ -21,9 +21,12 @@ COMMANDS = {
     "train": Command("train", "main", "train a model, or go on with a run"),
     "evaluate": Command("evaluate", "main", "score a checkpoint"),
     "stream": Command("stream", "main", "stream a video file and print what the model says"),
+    "routing": Command("study.routing_command", "main", "what the LayerExperts of a model choose: a table, pictures"),
+    "arank": Command("study.arank", "main", "which layers to route, by the rank of their attention maps"),
     "data": Command("data.command", "main", "make or prepare a data set"),
     "import": Command("convert", "import_main", "Hugging Face or PEFT weights -> a workdir"),
     "export": Command("convert", "export_main", "a workdir -> Hugging Face, PEFT or PyTorch"),
+    "table": Command("study.table", "main", "the rows of a table of the paper, trained and scored with seeds"),
     "bench": Command("bench", "main", "a benchmark beside its peer"),
 }
 
