@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from vmod_jax.data import video
 from vmod_jax.study.routing import Choice, Grid
 
-DIM = 0.25  # what is left of the brightness of a skipped cell
+DIM = 0.4  # what is left of the brightness of a skipped cell
 TINT = 0.5  # how much of a cell's colour is its score's
 COLUMNS = 8  # frames of a strip, heat maps in a row
 
@@ -73,11 +73,12 @@ def positions(path: Path, rates: Mapping[int, np.ndarray], *, grid: Grid, cls: b
         cells = _cells(rate, grid, cls)
         axes.imshow(cells, vmin=0, vmax=1, cmap="viridis")
         axes.set_title(f"layer {layer}" + (f": CLS {rate[0]:.2f}" if cls else ""), fontsize=9)
-        _write_values(axes, cells)
+        if max(grid) <= 7:
+            _write_values(axes, cells)
     for axes in places.flat:
         axes.set(xticks=[], yticks=[])
         axes.set_visible(bool(axes.images))
-    figure.colorbar(places[0, 0].images[0], ax=places, label="share of frames in which it is kept")
+    figure.colorbar(places[0, 0].images[0], ax=places, label="share of frames")
     figure.savefig(path, dpi=120)
 
 
@@ -145,9 +146,6 @@ def _heading(texts: Sequence[str], side: int) -> np.ndarray:
 
 
 def _write_values(axes, cells: np.ndarray) -> None:
-    """The values in their cells, while they fit."""
-    if max(cells.shape) > 16:
-        return
     for (row, column), value in np.ndenumerate(cells):
         size = 8 if max(cells.shape) < 5 else 6
         axes.text(
