@@ -209,12 +209,14 @@ class Llama(nn.Module):
     """Holds the parameters of the decoder and hands them to the functions below.
 
     expert_std: initial standard deviation of the LayerExperts' weights, one row [d] a layer.
+    shared_router: all layers choose by the LayerExpert of layer 0 (see `share_router`)
     """
 
     config: LlamaConfig
     lora: LoraConfig = NO_LORA
     param_dtype: Any = jnp.float32
     expert_std: float = 0.0
+    shared_router: bool = False
 
     def setup(self):
         c, dtype = self.config, self.param_dtype
@@ -231,7 +233,8 @@ class Llama(nn.Module):
 
     def stacked_layers(self) -> dict[str, dict[str, Array]]:
         """Every leaf has a leading axis of layers."""
-        return self.layers()
+        layers = self.layers()
+        return share_router(layers) if self.shared_router else layers
 
     def logits(self, hidden: Array) -> Array:
         """Final norm and head: [..., d] -> f32[..., V]."""
@@ -243,6 +246,16 @@ class Llama(nn.Module):
 
 
 # --- plain functions --------------------------------------------------------------------------------------------------
+
+
+def share_router(layers):
+    """Stacked layers with LayerExpert 0 in every row: one router for all, whose gradient comes from every layer.
+
+    gamma-MoD (arXiv 2410.13859) shares its router too, and masks the tokens of questions from it. Here text is never
+    skipped at all, so questions always are masked.
+    """
+    rows = layers["expert"]["kernel"]
+    return {**layers, "expert": {"kernel": jnp.broadcast_to(rows[:1], rows.shape)}}
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -406,7 +419,12 @@ def cache_kinds(policy: Policy, n: int) -> tuple[int, ...]:
 def _run_segment(rows: _Rows, segment: Segment, policy: Policy, x: Array, cache: Cache | None):
     """One scan over the repeats of a segment's unit; the cache is carried through it, so that it can be donated."""
     size, repeats, n = len(segment.unit), segment.repeats, rows.routing.n
-    fold = lambda leaf: leaf[segment.start : segment.stop].reshape(repeats, size, *leaf.shape[1:])  # noqa: E731
+
+    def fold(leaf):
+        """[L, ...] -> [repeats, size, ...]; [repeats, ...] for one layer: XLA would copy all weights to drop the 1."""
+        leaf = leaf[segment.start : segment.stop]
+        return leaf if size == 1 else leaf.reshape(repeats, size, *leaf.shape[1:])
+
     params = jax.tree.map(fold, rows.stacked)
     layers = jnp.arange(segment.start, segment.stop).reshape(repeats, size)
     replay = tuple(
@@ -430,7 +448,8 @@ def _run_segment(rows: _Rows, segment: Segment, policy: Policy, x: Array, cache:
             stack = None if stacks is None else stacks[kind]
             with jax.named_scope("routed_layer" if spec.routed else "layer"):
                 run = _routed_layer if spec.routed else _full_layer
-                x, stack, routed = run(rows, spec, j, params, x, layer[j], stack, row[j], replay[j])
+                place = None if size == 1 else j
+                x, stack, routed = run(rows, spec, place, params, x, layer[j], stack, row[j], replay[j])
             if stacks is not None:
                 stacks = (*stacks[:kind], stack, *stacks[kind + 1 :])
             decided.append(routed)
@@ -470,30 +489,33 @@ def _dropout_key(rows: _Rows, layer: Array):
     return None if rows.dropout_key is None else jax.random.fold_in(rows.dropout_key, layer)
 
 
-def _one(params, j: int):
-    """The parameters of layer j of a unit. Taken inside a checkpoint, which then saves the scan's own, no copies."""
-    return jax.tree.map(lambda leaf: leaf[j], params)
+def _one(params, place: int | None):
+    """The parameters of a layer of a unit. Taken inside a checkpoint, which then saves the scan's own, no copies.
+
+    place: in the unit; None where it is the only one (see `_run_segment`)
+    """
+    return params if place is None else jax.tree.map(lambda leaf: leaf[place], params)
 
 
-def _full_layer(rows: _Rows, spec: LayerSpec, j: int, params, x, layer, stack, row, replay):
+def _full_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x, layer, stack, row, replay):
     """x + f(x) for every token."""
     layout = rows.layout
 
     def block(params, x):
         attention = _attention(rows, stack, row, layout.position, layout.valid)
         return block_update(
-            _one(params, j), x, layout.position, attention, rows.config, rows.lora, _dropout_key(rows, layer)
+            _one(params, place), x, layout.position, attention, rows.config, rows.lora, _dropout_key(rows, layer)
         )
 
     update, stack = REMAT[rows.remat](block)(params, x)
     return x + update, stack, None
 
 
-def _routed_layer(rows: _Rows, spec: LayerSpec, j: int, params, x, layer, stack, row, replay):
+def _routed_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x, layer, stack, row, replay):
     """x + g f(x̂) for kept tokens, x + f(x̂) for text, and every other token as it is, to the bit."""
     layout, routing, n = rows.layout, rows.routing, rows.routing.n
     k = num_kept(n, spec.keep)
-    weight = params["expert"]["kernel"][j]
+    weight = _one(params["expert"]["kernel"], place)
 
     # Which tokens: outside the checkpoint, so that the backward pass cannot choose others, and without a gradient,
     # which reaches the router through the gate alone.
@@ -509,7 +531,7 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, j: int, params, x, layer, stack,
         x_kept = take_rows(x, packed.index, packed.inverse)
 
     def block(params, x_kept):
-        params = _one(params, j)
+        params = _one(params, place)
         attention = _attention(rows, stack, row, position, valid)
         # RoPE of empty slots: any finite angle will do.
         rope_position = jnp.where(valid, position, 0)

@@ -50,6 +50,7 @@ class VideoLMConfig:
     vision: None where frames come as features only; vision_hidden_size: d_v of those features
     cls, grid: a frame is its CLS token (if cls) and h x w pooled patches; frame_token_id: of the frame's place in text
     policy: one LayerSpec a layer; gate, always_keep_last, router_seed: see `llama.Routing`
+    shared_router: all routed layers choose by one LayerExpert, row 0 of the stacked ones
     remat, attention: names of `llama.REMAT` and of `attention.BACKENDS`
     dtype: of the computation; param_dtype: of frozen base weights (LoRA, connector and experts are float32)
     """
@@ -66,6 +67,7 @@ class VideoLMConfig:
     gate: str = "raw"
     always_keep_last: bool = False
     router_seed: int = 0
+    shared_router: bool = False
     lora: LoraConfig = NO_LORA
     remat: str = "none"
     attention: str = "auto"
@@ -133,7 +135,8 @@ class VideoLM(nn.Module):
 
     def setup(self):
         c = self.config
-        self.llama = Llama(c.llama, c.lora, DTYPES[c.param_dtype], router_init_std(c.gate, c.llama.hidden_size))
+        expert_std = router_init_std(c.gate, c.llama.hidden_size)
+        self.llama = Llama(c.llama, c.lora, DTYPES[c.param_dtype], expert_std, c.shared_router)
         self.connector = Connector(c.vision_hidden_size, c.llama.hidden_size, DTYPES[c.dtype])
         if c.vision is not None:
             self.vision = VisionTower(c.vision, cls=c.cls, grid=c.grid)

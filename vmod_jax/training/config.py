@@ -57,6 +57,7 @@ def defaults() -> Config:
     model.vision = ConfigDict({"kind": "patches", "image_size": 48, "patch_size": 4})
     model.lora = ConfigDict({"rank": 0, "alpha": 256.0, "dropout": 0.0})
     model.always_keep_last = False
+    model.shared_router = False  # all routed layers choose by one LayerExpert
     model.deep = -1  # first routed layer of early_exit and the deep policies; -1: 2 of 32 layers, scaled
     model.routed_layers = ()  # policy="explicit": these layers (from 0)
     model.selector = "learned"  # of the explicit policy
@@ -212,6 +213,7 @@ def method(config: Config, num_layers: int) -> dict[str, Any]:
         "policy": policy,
         "gate": config.gate,
         "always_keep_last": model.always_keep_last,
+        "shared_router": model.shared_router,
         "lora": LoraConfig(**model.lora.to_dict()),
         "remat": config.remat,
         "attention": model.attention,

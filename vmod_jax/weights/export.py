@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vmod_jax.errors import UserError
-from vmod_jax.models.llama import LlamaConfig
+from vmod_jax.models.llama import LlamaConfig, share_router
 from vmod_jax.models.video_lm import VideoLMConfig
 from vmod_jax.weights import huggingface as hf
 from vmod_jax.weights import peft
@@ -49,8 +49,13 @@ def peft_folder(out: Path, config: VideoLMConfig, params: Any, base: str | None)
 
 
 def vmod_folder(out: Path, config: VideoLMConfig, params: Any, generation: dict[str, Any]) -> str:
-    """The whole model, LoRA merged, with the PyTorch files that run it (trust_remote_code)."""
+    """The whole model, LoRA merged, with the PyTorch files that run it (trust_remote_code).
+
+    A shared router is written for every layer: the runtime needs no word of it.
+    """
     llama = _merged(config, params)
+    if config.shared_router:
+        llama = {**llama, "layers": share_router(llama["layers"])}
     tied = config.llama.tie_word_embeddings and "head" not in llama
     video_lm = json.loads(without_lora(config).to_json())
     video_lm["llama"]["tie_word_embeddings"] = tied
