@@ -134,17 +134,20 @@ def shapes(data: Any, split: str, image_size: int) -> Streams:
     """Generated videos of a small world (`data/sources/shapes.py`), made once, in data.root or in the cache."""
     from vmod_jax.data.sources import shapes
 
+    if data.world not in shapes.WORLDS:
+        raise UserError(f"data.world='{data.world}' is unknown: use one of {', '.join(shapes.WORLDS)}")
+    world = shapes.WORLDS[data.world]
     counts = {name: data[f"{name}_videos"] for name in ("train", "val", "test")}
     # Another world than today's would be other videos under the same name.
-    world = zlib.crc32(repr(shapes.World()).encode())
-    name = "-".join(["shapes", *map(str, counts.values()), f"seed{data.seed}", f"{world:08x}"])
+    digest = zlib.crc32(repr(world).encode())
+    name = "-".join(["shapes", data.world, *map(str, counts.values()), f"seed{data.seed}", f"{digest:08x}"])
     root = Path(data.root).expanduser() if data.root else cache_folder() / name
     if not (root / "narrations.json").exists():
-        shapes.generate(root, **counts, seed=data.seed)
+        shapes.generate(root, **counts, seed=data.seed, world=world)
     there = {name: len(videos) for name, videos in json.loads((root / "splits.json").read_text()).items()}
     if there != counts:
         raise UserError(f"{root} holds {there} videos, the configuration says {counts}: name another data.root")
-    return _narrated(root, data.fps, split, image_size, shapes.sentences())
+    return _narrated(root, data.fps, split, image_size, shapes.sentences(world))
 
 
 def narration(data: Any, split: str, image_size: int) -> Streams:

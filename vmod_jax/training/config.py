@@ -68,6 +68,7 @@ def defaults() -> Config:
     data: Config = ConfigDict()
     data.name = "shapes"  # shapes, narration or prepared: see data/pipeline.py
     data.root = ""  # shapes: where to generate ("": the cache); narration: the folder of videos and narrations.json
+    data.world = "plain"  # shapes: a name of data/sources/shapes.py
     data.path = ""  # prepared: the folder that `vmod data` wrote
     data.train_videos = 256  # shapes only
     data.val_videos = 32

@@ -6,6 +6,8 @@ VideoLLM-online (CVPR 2024), section 3.3; file layout and edge cases are the dat
     all_narrations_redacted.json   {"videos": {uid: {"narrations": [{"time", "text", "_annotation_uid"}]}}}
     B_val.json, B_test_unannotated.json for eight benchmarks B
                                    [{"video_uid"}] under "videos", "clips" or "annotations"
+    questions.json                 in the schema of goalstep_livechat: [{"video_uid", "conversation": [{"role", "content",
+                                   "time"}]}]: questions and answers in mid-stream, beside the narrations
     splits.json                    instead of those, for data of one's own: {"train": [uid], "val": [], "test": []}
 """
 
@@ -37,7 +39,8 @@ def narration_samples(
         split: train, val or test. Without any split file everything is train.
 
     Returns samples whose first stream is one frame that is not learned (at the first narration), followed by the
-    instruction and the narrations.
+    instruction and the narrations. Questions of `questions.json` beside the file stand where they are asked; the frames
+    from the reply before up to there are not learned, since nobody spoke at the last of them.
 
     Raises UserError for an unreadable file, naming the video and the key where one is missing.
     """
@@ -45,12 +48,13 @@ def narration_samples(
     in_split = _split_of(path.parent)
     if split not in SPLITS:
         raise UserError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
+    questions = _questions(path.with_name("questions.json"), fps)
     samples = []
     for video, entry in _mapping(_read(path), "videos", path).items():
         if video not in durations or in_split(video) != split:
             continue
         for narrations in _by_annotator(video, entry, path).values():
-            samples.extend(_sample(video, narrations, durations[video], fps))
+            samples.extend(_sample(video, narrations, questions.get(video, []), durations[video], fps))
     return samples
 
 
@@ -62,8 +66,18 @@ def clean_text(text: str) -> str:
     return " ".join([first.capitalize(), *rest])
 
 
-def _sample(video: str, narrations: list[tuple[float, str]], duration: float, fps: float) -> list[Sample]:
-    """The sample of one annotator's narrations (time, clean text), sorted by time; none where there are none."""
+def _sample(
+    video: str,
+    narrations: list[tuple[float, str]],
+    questions: list[tuple[int, str, str]],
+    duration: float,
+    fps: float,
+) -> list[Sample]:
+    """The sample of one annotator's narrations (time, clean text), sorted by time; none where there are none.
+
+    questions: (the last frame seen, question, answer), sorted; those before the first narration or after the last are
+    left out.
+    """
     # Times are counted in frames, which float seconds would miscount. The tolerance keeps 2.1 s x 10 fps frame 21.
     end = math.floor(duration * fps + 1e-9)
     spoken: list[tuple[int, str]] = []  # frame, text
@@ -87,6 +101,12 @@ def _sample(video: str, narrations: list[tuple[float, str]], duration: float, fp
         {"role": "assistant", "content": text, "learn": True},
     ]
     for (before, _), (frame, text) in pairwise(spoken):
+        for asked, question, answer in questions:
+            if before <= asked < frame:
+                conversation.append({"role": "stream", "num_frames": asked - before, "learn": False})
+                conversation.append({"role": "user", "content": question})
+                conversation.append({"role": "assistant", "content": answer, "learn": True})
+                before = asked
         conversation.append({"role": "stream", "num_frames": frame - before, "learn": True})
         conversation.append({"role": "assistant", "content": text, "learn": True})
     return [Sample(conversation, video, start, spoken[-1][0] + 1)]
@@ -110,6 +130,24 @@ def _by_annotator(video: str, entry: Any, path: Path) -> dict[str, list[tuple[fl
         if len(text.split()) >= 2:
             found.setdefault(narration["_annotation_uid"], []).append((float(narration["time"]), text))
     return {uid: sorted(narrations, key=lambda narration: narration[0]) for uid, narrations in found.items()}
+
+
+def _questions(path: Path, fps: float) -> dict[str, list[tuple[int, str, str]]]:
+    """video -> (the last frame seen, question, answer), sorted by time; {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    found: dict[str, list[tuple[int, str, str]]] = {}
+    try:
+        for chat in json.loads(path.read_text(encoding="utf-8")):
+            turns = chat["conversation"]
+            for asked, answered in zip(turns[::2], turns[1::2], strict=True):
+                if (asked["role"], answered["role"]) != ("user", "assistant"):
+                    raise UserError(f"{path}: the turns of {chat['video_uid']} must be a question, its answer, and so on")
+                frame = math.floor(asked["time"] * fps + 1e-9)
+                found.setdefault(chat["video_uid"], []).append((frame, asked["content"], answered["content"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not a list of conversations in the schema of Ego4D's live chats ({error})") from error
+    return {video: sorted(questions) for video, questions in found.items()}
 
 
 def _split_of(folder: Path) -> Callable[[str], str | None]:

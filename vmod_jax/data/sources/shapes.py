@@ -1,4 +1,7 @@
-"""A small world of narrated video: coloured shapes that appear, move, change colour and leave.
+"""Small worlds of narrated video: coloured shapes that appear, move, change colour and leave.
+
+`plain` is the demo's. `cluttered` is the benchmark of the depth policies: smaller objects before a drifting background,
+among distractors that look alike and hop about, of which nothing must be said until somebody asks.
 
 The videos are real h264 files, the annotations have the schema of Ego4D's narrations, so that everything a user's own
 streams go through is exercised. What is said *and when* can be known from the pixels alone: an event is complete for
@@ -10,6 +13,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,23 +48,41 @@ class World:
     brightness: tuple[int, int] = (70, 120)  # of the background
     texture: float = 6.0  # of the background, standard deviation
     noise: float = 3.0  # of the camera, standard deviation
+    drift: float = 0.0  # of the background, pixels a second
+    distractors: tuple[str, ...] = ()  # shapes, one thing of each all the time, which are no narrator's business
+    questions: float = 0.0  # chance of one about a distractor between two events
     # how often each event is drawn, among those possible
     appear: float = 2.0
     move: float = 3.0
     turn: float = 1.5
     leave: float = 1.0
+    hop: float = 0.0  # of a distractor to another place, which is not narrated
 
     def __post_init__(self):
         if self.fps % self.sample_fps:
             raise UserError(f"world: fps {self.fps} must be a multiple of sample_fps {self.sample_fps}")
-        if not 1 <= self.max_objects < len(PLACES):
-            raise UserError(
-                f"world: max_objects {self.max_objects} must be 1 to {len(PLACES) - 1}: a move needs a free place"
-            )
+        most = len(PLACES) - 1 - len(self.distractors)
+        if not 1 <= self.max_objects <= most:
+            raise UserError(f"world: max_objects {self.max_objects} must be 1 to {most}: a move needs a free place")
 
     @property
     def kinds(self) -> list[tuple[str, str]]:
         return [(colour, shape) for colour, _ in self.colours for shape in self.shapes]
+
+
+WORLDS = {
+    "plain": World(),
+    "cluttered": World(
+        object_size=0.7,
+        jitter=0.12,
+        gap=(1.0, 5.0),
+        texture=12.0,
+        drift=6.0,
+        distractors=("ring", "bar"),
+        questions=0.3,
+        hop=2.0,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -77,8 +99,14 @@ class Thing:
 
 class Event(NamedTuple):
     tick: int  # sampled frame that is the first to show it
-    text: str  # "A red circle appears at the top left"
-    things: dict[int, Thing]  # what is there from then on, by the object's number
+    text: str  # "A red circle appears at the top left"; "" for what is not narrated
+    things: dict[int, Thing]  # what is there from then on, by the object's number: distractors have negative ones
+
+
+class Question(NamedTuple):
+    tick: int  # the last sampled frame seen when it is asked
+    text: str
+    answer: str
 
 
 def sentences(world: World | None = None) -> list[str]:
@@ -91,32 +119,43 @@ def sentences(world: World | None = None) -> list[str]:
             texts += [_starts(name, place), _appears(name, place), _moves(name, place)]
         texts += [_turns(name, other) for other, _ in world.colours if other != colour]
         texts.append(_leaves(name))
-    return [f"{text}." for text in texts]
+    asked = [_asks(shape) for shape in world.distractors]
+    answers = [f"{colour.capitalize()}." for colour, _ in world.colours if asked]
+    return [f"{text}." for text in texts] + asked + answers
 
 
 def script(rng: np.random.Generator, world: World) -> tuple[int, list[Event]]:
     """(number of sampled frames, events in order; the first at tick 0). No two objects ever look alike."""
     frames = world.sample_fps * int(rng.integers(world.seconds[0], world.seconds[1] + 1))
     gaps = [round(second * world.sample_fps) for second in world.gap]
-    first = _new_thing(rng, world, {})
-    events = [Event(0, _starts(first.name, PLACES[first.place]), {0: first})]
+    things: dict[int, Thing] = {}
+    for number, shape in enumerate(world.distractors, 1):
+        colour = world.colours[rng.integers(len(world.colours))][0]
+        things[-number] = Thing(colour, shape, **_new_place(rng, world, things))
+    first = _new_thing(rng, world, things)
+    events = [Event(0, _starts(first.name, PLACES[first.place]), {**things, 0: first})]
     born = 1
     while (tick := events[-1].tick + int(rng.integers(gaps[0], gaps[1] + 1))) <= frames - world.sample_fps:
         things = dict(events[-1].things)
+        told = [number for number in things if number >= 0]
         possible = {
-            "appear": world.appear * (len(things) < world.max_objects),
-            "move": world.move * bool(things),
-            "turn": world.turn * any(_free_colours(world, things, number) for number in things),
-            "leave": world.leave * bool(things),
-        }
+            "appear": world.appear * (len(told) < world.max_objects),
+            "move": world.move * bool(told),
+            "turn": world.turn * any(_free_colours(world, things, number) for number in told),
+            "leave": world.leave * bool(told),
+        } | ({"hop": world.hop} if world.distractors else {})
         weights = np.array(list(possible.values()))
         kind = rng.choice(list(possible), p=weights / weights.sum())
         if kind == "appear":
             thing = things[born] = _new_thing(rng, world, things)
             text = _appears(thing.name, PLACES[thing.place])
             born += 1
+        elif kind == "hop":
+            number = -int(rng.integers(1, len(world.distractors) + 1))
+            things[number] = replace(things[number], **_new_place(rng, world, things))
+            text = ""
         else:
-            able = [number for number in things if kind != "turn" or _free_colours(world, things, number)]
+            able = [number for number in told if kind != "turn" or _free_colours(world, things, number)]
             number = int(rng.choice(able))
             colours = _free_colours(world, things, number)
             thing = things.pop(number)
@@ -132,6 +171,18 @@ def script(rng: np.random.Generator, world: World) -> tuple[int, list[Event]]:
     return frames, events
 
 
+def ask(rng: np.random.Generator, world: World, events: list[Event]) -> list[Question]:
+    """Questions about distractors, each between two events; what is true then is true from the first of them on."""
+    asked = []
+    for before, after in pairwise(events) if world.distractors else ():
+        if after.tick - before.tick > 1 and rng.random() < world.questions:
+            number = -int(rng.integers(1, len(world.distractors) + 1))
+            tick = int(rng.integers(before.tick, after.tick - 1))
+            thing = before.things[number]
+            asked.append(Question(tick, _asks(thing.shape), f"{thing.colour.capitalize()}."))
+    return asked
+
+
 def render(rng: np.random.Generator, world: World, frames: int, events: list[Event]) -> Iterator[np.ndarray]:
     """Yields u8[side, side, 3] for every frame of the file: `frames` sampled ones and those between.
 
@@ -140,8 +191,10 @@ def render(rng: np.random.Generator, world: World, frames: int, events: list[Eve
     ratio = world.fps // world.sample_fps
     ground = _background(rng, world)
     noise = rng.normal(0, world.noise, (8, world.side, world.side, 3)).astype(np.float32)
-    current, still = 0, None
+    current, still, base = 0, None, ground
     for index in range(frames * ratio):
+        if world.drift:
+            ground, still = np.roll(base, round(world.drift * index / world.fps), axis=1), None
         if current + 1 < len(events) and index >= events[current + 1].tick * ratio:
             current, still = current + 1, None
         now = events[current].things
@@ -154,7 +207,10 @@ def render(rng: np.random.Generator, world: World, frames: int, events: list[Eve
 
 
 def boxes(world: World, frames: int, events: list[Event]) -> list[list[dict]]:
-    """For every sampled frame its objects: {"object", "number", "place", "box": [left, top, right, bottom]}."""
+    """For every sampled frame its objects: {"object", "number", "place", "box": [left, top, right, bottom]} in pixels.
+
+    A distractor has "distractor": True as well.
+    """
     out, current = [], 0
     for tick in range(frames):
         if current + 1 < len(events) and tick >= events[current + 1].tick:
@@ -167,6 +223,7 @@ def boxes(world: World, frames: int, events: list[Event]) -> list[list[dict]]:
                     "place": PLACES[thing.place],
                     "box": _box(_mask(world, thing.shape, _centre(world, thing), 1.0)),
                 }
+                | ({"distractor": True} if number < 0 else {})
                 for number, thing in events[current].things.items()
             ]
         )
@@ -178,8 +235,9 @@ def generate(
 ) -> dict[str, int | float]:
     """Writes a folder of narrated videos, all of it or nothing; the same arguments give the same bytes.
 
-    NAME.mp4 a video; narrations.json in the schema of Ego4D's all_narrations_redacted.json; splits.json
-    {"train": [NAME, ...], ...}; boxes.json {NAME: `boxes`}; world.json the parameters. Video i of a split depends on
+    NAME.mp4 a video; narrations.json in the schema of Ego4D's all_narrations_redacted.json; questions.json, where the
+    world has some, in that of its live chats; splits.json {"train": [NAME, ...], ...}; boxes.json {NAME: `boxes`};
+    world.json the parameters. Video i of a split depends on
     the seed and its own number only, so a larger set holds the smaller one.
     Returns {"videos", "narrations", "sentences" (distinct), "seconds" (of video)}.
     Raises UserError for numbers that make no sense.
@@ -198,11 +256,12 @@ def generate(
     }
     with replacing(out, "narrations.json") as folder:
 
-        def one(name: str) -> tuple[int, list[Event]]:
+        def one(name: str) -> tuple[int, list[Event], list[Question]]:
             rng = np.random.default_rng(streams[name])
             frames, events = script(rng, world)
+            asked = ask(rng, world, events)
             video.write(folder / f"{name}.mp4", render(rng, world, frames, events), world.fps)
-            return frames, events
+            return frames, events, asked
 
         # Threads: drawing and encoding are NumPy and x264, which work outside the interpreter's lock.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -211,15 +270,18 @@ def generate(
             name: {"status": "complete", "narrations": _narrations(name, world, made[name][1])} for name in made
         }
         _write_json(folder / "narrations.json", {"version": "1", "videos": narrations})
+        if world.questions:
+            chats = [_chat(name, world, frames, asked) for name, (frames, _, asked) in made.items()]
+            _write_json(folder / "questions.json", chats)
         _write_json(folder / "splits.json", splits)
-        _write_json(folder / "boxes.json", {name: boxes(world, *made[name]) for name in made})
+        _write_json(folder / "boxes.json", {name: boxes(world, *made[name][:2]) for name in made})
         _write_json(folder / "world.json", {"seed": seed, **asdict(world)})
-    texts = [event.text for _, events in made.values() for event in events]
+    texts = [event.text for _, events, _ in made.values() for event in events if event.text]
     return {
         "videos": len(made),
         "narrations": len(texts),
         "sentences": len(set(texts)),
-        "seconds": sum(frames for frames, _ in made.values()) / world.sample_fps,
+        "seconds": sum(frames for frames, _, _ in made.values()) / world.sample_fps,
     }
 
 
@@ -243,7 +305,22 @@ def _leaves(name: str) -> str:
     return f"The {name} leaves"
 
 
+def _asks(shape: str) -> str:
+    return f"What colour is the {shape}?"
+
+
+def _chat(name: str, world: World, frames: int, asked: list[Question]) -> dict:
+    """A video's questions in the schema of Ego4D's live chats; each is answered at once."""
+    turns = [
+        {"role": role, "content": content, "time": question.tick / world.sample_fps}
+        for question in asked
+        for role, content in (("user", question.text), ("assistant", question.answer))
+    ]
+    return {"video_uid": name, "duration": frames / world.sample_fps, "conversation": turns}
+
+
 def _narrations(name: str, world: World, events: list[Event]) -> list[dict]:
+    events = [event for event in events if event.text]
     times = [round(max(0.0, event.tick / world.sample_fps - world.lead), 3) for event in events]
     return [
         {
@@ -277,8 +354,10 @@ def _new_thing(rng: np.random.Generator, world: World, things: dict[int, Thing])
 
 
 def _background(rng: np.random.Generator, world: World) -> np.ndarray:
-    """f32[side, side, 3]: a smooth grey texture, bilinear between 6 x 6 random values."""
+    """f32[side, side, 3]: a smooth grey texture, bilinear between 6 x 6 random values; without a seam if it drifts."""
     values = rng.uniform(*world.brightness) + rng.normal(0, world.texture, (6, 6))
+    if world.drift:
+        values[:, -1] = values[:, 0]
     at = np.linspace(0, 5, world.side)
     rows = np.stack([np.interp(at, np.arange(6), column) for column in values.T], 1)
     plane = np.stack([np.interp(at, np.arange(6), row) for row in rows])
@@ -320,12 +399,18 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(along - 1, across - 0.3), np.maximum(along - 0.3, across - 1))
 
 
+def _bar(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(x) - 1, np.abs(y) - 0.3)
+
+
 # Signed distance to the outline (negative inside) of shapes within [-1, 1] x [-1, 1], y downwards.
 _OUTLINES = {
     "circle": lambda x, y: np.hypot(x, y) - 1,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.95,
     "triangle": lambda x, y: np.maximum(y - 0.9, (1.9 * np.abs(x) - y - 1) / np.hypot(1.9, 1)),
     "cross": _cross,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.75) - 0.25,
+    "bar": _bar,
 }
 
 
