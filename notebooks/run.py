@@ -41,6 +41,7 @@ def main() -> None:
         parser.error(f"no notebook {', '.join(unknown)}: use {', '.join(NAMES)}")
     if args.write and os.environ.get("VMOD_NOTEBOOK_QUICK") == "1":
         parser.error("--write with VMOD_NOTEBOOK_QUICK=1: the outputs would be those of models that learned nothing")
+    os.environ["PYTHONWARNINGS"] = "ignore"  # they come with paths of this machine, and tell readers nothing
     with tempfile.TemporaryDirectory() as folder:
         for name in [name for name in NAMES if name in args.names or not args.names]:
             notebook = run(name, Path(folder))
