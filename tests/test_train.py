@@ -344,3 +344,22 @@ def test_experts_that_were_never_trained_start_at_the_scale_of_this_runs_gate(tm
         else:
             np.testing.assert_array_equal(got[path], x)
     assert "layers 1, 3" in capsys.readouterr().out
+
+
+def test_the_keep_ratio_comes_down_in_stages(whole, config, tmp_path):
+    """Also across a resume; the workdir's model is that of the end."""
+    warmed = config.copy_and_resolve_references()
+    warmed.keep_warmup = 0.75  # of 8 steps: 1.0, 0.8, 0.4, two steps each
+    train(warmed, tmp_path / "whole")
+    train(warmed, tmp_path / "parts", stop_at=3)
+    train(warmed, tmp_path / "parts")
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    assert _losses(tmp_path / "whole")[0] != _losses(whole[0])[0]
+    assert workdir.read_model(tmp_path / "whole") == workdir.read_model(whole[0])
+    everything = config.copy_and_resolve_references()
+    everything.keep, everything.steps = 1.0, 8
+    train(everything, tmp_path / "all", stop_at=2)
+    assert _losses(tmp_path / "all") == _losses(tmp_path / "whole")[:2]
+    warmed.keep_warmup = 1.5
+    with pytest.raises(UserError, match="keep_warmup=1.5"):
+        train(warmed, tmp_path / "none")

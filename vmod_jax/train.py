@@ -23,6 +23,7 @@ from vmod_jax import workdir as folder
 from vmod_jax.data.conversation import IGNORE, stream_format
 from vmod_jax.data.pipeline import batches, cache_folder, make_buckets, open_streams
 from vmod_jax.errors import UserError
+from vmod_jax.models.depth import doublings_at, loosened
 from vmod_jax.models.context import Beginning, over_context
 from vmod_jax.models.flops import kept_counts, step_flops
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params, num_params
@@ -185,7 +186,13 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
     say(f"{len(streams.samples)} streams, buckets {[tuple(b) for b in buckets]} of (frames, text tokens, labels)")
 
     # --- loop ---------------------------------------------------------------------------------------------------------
-    step_function = make_step(model, optimizer, state, mesh, config.accumulate)
+
+    @functools.cache
+    def stage(doublings: int) -> tuple[Any, VideoLMConfig]:
+        """The step under a policy so much looser, which config.keep_warmup begins with, and the model that it runs."""
+        loose = dataclasses.replace(model_config, policy=loosened(model_config.policy, doublings))
+        return make_step(VideoLM(loose), optimizer, state, mesh, config.accumulate), loose
+
     evaluate = make_evaluation(model, mesh)
     step, values, pace = start, {}, []
     began = last = time.perf_counter()
@@ -215,10 +222,11 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
             trace.before(step + 1)
             local = next(iterator)
             batch = put_batch(local, mesh, config.batch_size)
+            step_function, stepped = stage(doublings_at(step, config.keep_warmup * config.steps, model_config.policy))
             state, parts = run(step_function, state, frozen, batch, step)
             step += 1
             tokens += float(local["length"].sum()) * config.batch_size / len(local["length"])
-            flops += batch_flops(batch, model_config, "base" in groups)
+            flops += batch_flops(batch, stepped, "base" in groups)
             log.advance()
             trace.after(step, state)
 

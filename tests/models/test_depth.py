@@ -13,7 +13,9 @@ from vmod_jax.models.depth import (
     POLICIES,
     SKIP,
     LayerSpec,
+    doublings_at,
     explicit_policy,
+    loosened,
     make_policy,
     num_kept,
     segments,
@@ -96,3 +98,13 @@ def test_wrong_names():
         LayerSpec(0.5, "best")
     with pytest.raises(UserError, match="do not exist"):
         explicit_policy(4, [4])
+
+
+def test_a_policy_is_tightened_in_equal_stages():
+    policy = make_policy("interleaved", 4, 0.2)
+    kept = [loosened(policy, doublings_at(step, 60, policy))[1].keep for step in range(0, 80, 10)]
+    assert kept == [1.0, 1.0, 0.8, 0.8, 0.4, 0.4, 0.2, 0.2]
+    assert loosened(policy, 3)[0] == policy[0]  # a full layer has nothing to loosen
+    assert [doublings_at(step, 0, policy) for step in (0, 5)] == [0, 0]
+    assert doublings_at(0, 60, make_policy("layer_skip", 4)) == 0
+    assert loosened(make_policy("layer_skip", 4), 1) == make_policy("layer_skip", 4)

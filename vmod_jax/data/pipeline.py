@@ -37,6 +37,7 @@ class Streams(NamedTuple):
     samples: Sequence[Sample]
     frames: Callable[[Sample], np.ndarray]  # -> f32[F, n, d_v] features | u8[F, S, S, 3] pixels, F = stop - start
     tokenizer: Any  # a tokenizer or its folder; None when the data set does not bring one
+    root: Path | None = None  # the folder of the videos, where there is one
 
 
 # --- the batches ------------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def _narrated(root: Path, fps: float, split: str, image_size: int, texts: Sequen
     samples = read(split)
     if texts is None:
         texts = _replies(samples if split == "train" else read("train"))
-    return Streams(samples, lambda s: videos.frames(s.video)[s.start : s.stop], spot_tokenizer(texts))
+    return Streams(samples, lambda s: videos.frames(s.video)[s.start : s.stop], spot_tokenizer(texts), root)
 
 
 def _replies(samples: Sequence[Sample]) -> list[str]:

@@ -108,6 +108,22 @@ def explicit_policy(
     return tuple(chosen.get(i, FULL) for i in range(num_layers))
 
 
+def loosened(policy: Policy, doublings: int) -> Policy:
+    """The policy with the keep ratio of every layer that chooses doubled so many times, up to 1."""
+    loose = lambda spec: dataclasses.replace(spec, keep=min(1.0, spec.keep * 2**doublings))  # noqa: E731
+    return tuple(loose(spec) if spec.selector else spec for spec in policy)
+
+
+def doublings_at(step: int, warmup_steps: float, policy: Policy) -> int:
+    """How much looser the policy is at a step: from keeping all it halves, in equal stages, to what it is at the end.
+
+    warmup_steps: of the lowering, over which the stages are spread; 0 for none.
+    """
+    tightest = min((spec.keep for spec in policy if spec.selector and spec.keep), default=1.0)
+    stages = math.ceil(-math.log2(tightest))
+    return max(0, stages - math.floor(step * stages / warmup_steps)) if warmup_steps else 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """`repeats` runs of `unit`, beginning at layer `start`."""

@@ -92,11 +92,10 @@ def from_split(lm: LanguageModel, workdir: Path, split: str | None, videos: int)
     samples = [streams.samples[i] for i in range(min(videos, len(streams.samples)))]
     rows = [(encode(sample.conversation, lm.fmt).input_ids, streams.frames(sample)) for sample in samples]
     about = {"split": split, "streams": len(rows)}
-    root = Path(data.root).expanduser() if data.root else None
-    boxes = read_boxes(root) if root else None
-    if root is None or boxes is None:
+    boxes = read_boxes(streams.root) if streams.root else None
+    if streams.root is None or boxes is None:
         return Material(about, rows)
-    check_boxes(boxes, root, samples, data.fps)
+    check_boxes(boxes, streams.root, samples, data.fps)
     return Material(about, rows, [boxes.videos[s.video][s.start : s.stop] for s in samples], boxes.side)
 
 

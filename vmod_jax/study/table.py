@@ -153,7 +153,8 @@ def read_table(path: Path) -> tuple[Config, dict[str, Row]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give one of configs/tables/")
     spec = importlib.util.spec_from_file_location("table", path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     try:

@@ -38,6 +38,7 @@ def defaults() -> Config:
     # The method: which layers compute which share of a frame's tokens.
     config.policy = "interleaved"  # a name of models/depth.py, or "explicit": model.routed_layers
     config.keep = 0.2  # share of a frame's tokens that a routed layer computes
+    config.keep_warmup = 0.0  # share of the steps over which `keep` comes down to that, halving from 1
     config.gate = "raw"
     config.remat = "none"  # "full": blocks are computed again on the way back, saving memory; "attention": all but that
 
@@ -116,6 +117,8 @@ def complete(config: Config) -> Config:
     for name in names:
         if out[name] < 1:
             raise UserError(f"config.{name}={out[name]}: give at least 1")
+    if not 0 <= out.keep_warmup <= 1:
+        raise UserError(f"config.keep_warmup={out.keep_warmup}: give a share of the steps, 0 to 1")
     if out.profile and not (len(out.profile) == 2 and 1 <= out.profile[0] <= out.profile[1]):
         raise UserError(f"config.profile={out.profile}: give (first, last), steps counted from 1")
     return out

@@ -191,3 +191,55 @@ def test_our_own_clips(clips):
     assert dict(said(next(s for s in samples if s.video == "car-detection")))[10] == (
         "A white car enters from the bottom."
     )
+
+
+def chat(video, *turns):
+    """A video's questions (seconds, question, answer) in the schema of live chats."""
+    return {
+        "video_uid": video,
+        "duration": 9.0,
+        "conversation": [
+            {"role": role, "content": content, "time": time}
+            for time, question, answer in turns
+            for role, content in (("user", question), ("assistant", answer))
+        ],
+    }
+
+
+def test_questions_stand_where_they_are_asked(tmp_path):
+    """After the last frame that was seen; the frames up to there are not learned, those after it are."""
+    file = write(tmp_path, {"v": [(1.0, "c starts now"), (5.0, "c goes home")], "w": [(1.0, "c walks on")]})
+    asked = [(4.9, "Who?", "C."), (0.2, "Too early?", "Yes."), (1.0, "When?", "Now."), (5.0, "Too late?", "Yes.")]
+    questions = [chat("v", *asked), chat("unknown", (1.0, "A?", "B."))]
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    sample, other = narration_samples(file, {"v": 9.0, "w": 9.0}, fps=2)
+    messages = [(m["role"], m.get("content", m.get("num_frames")), m.get("learn")) for m in sample.conversation[2:]]
+    assert messages == [
+        ("assistant", "C starts now.", True),
+        ("stream", 0, False),
+        ("user", "When?", None),
+        ("assistant", "Now.", True),
+        ("stream", 7, False),
+        ("user", "Who?", None),
+        ("assistant", "C.", True),
+        ("stream", 1, True),
+        ("assistant", "C goes home.", True),
+    ]
+    assert num_frames(sample.conversation) == sample.stop - sample.start
+    assert [m["role"] for m in other.conversation] == ["stream", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "not a list of conversations"),
+        ('{"v": 1}', "not a list of conversations"),
+        ('[{"video_uid": "v"}]', "not a list of conversations"),
+        (json.dumps([chat("v", (1.0, "A?", "B."), (2.0, "C?", "D."))]).replace("user", "assistant"), "a question, its"),
+    ],
+)
+def test_questions_that_cannot_be_read(tmp_path, content, message):
+    file = write(tmp_path, {"v": [(1.0, "c starts now")]})
+    (tmp_path / "questions.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        narration_samples(file, {"v": 9.0}, fps=2)

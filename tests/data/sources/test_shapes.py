@@ -211,3 +211,59 @@ def test_all_or_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds other files"):
         shapes.generate(tmp_path / "mine", train=1, val=0, test=0)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "keep me"
+
+
+CLUTTERED = shapes.WORLDS["cluttered"]
+
+
+@pytest.fixture(scope="module")
+def cluttered(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shapes") / "cluttered"
+    shapes.generate(out, train=6, val=1, test=1, seed=0, world=CLUTTERED)
+    return out
+
+
+def test_what_is_narrated_in_a_cluttered_world_is_what_the_told_ones_do(cluttered):
+    """Distractors are there from end to end, hop about, and no narration is about them."""
+    hops = 0
+    for name, narrations in narrated(cluttered):
+        frames = load(cluttered / "boxes.json")[name]
+        told = [[t for t in things if not t.get("distractor")] for things in frames]
+        others = [[t for t in things if t.get("distractor")] for things in frames]
+        ticks = [math.ceil(time * CLUTTERED.sample_fps) for time, _ in narrations]
+        assert ticks == [tick for tick in range(len(frames)) if tick == 0 or told[tick] != told[tick - 1]]
+        assert all(sorted(t["object"].split()[1] for t in things) == ["bar", "ring"] for things in others)
+        assert all(len({t["place"] for t in things}) == len(things) for things in frames)
+        assert not any(shape in text for _, text in narrations for shape in CLUTTERED.distractors)
+        hops += sum(before != now for before, now in pairwise(others))
+    assert hops > 4
+
+
+def test_questions_are_answered_by_what_is_there(cluttered):
+    scenes, asked = load(cluttered / "boxes.json"), 0
+    for one in load(cluttered / "questions.json"):
+        turns = one["conversation"]
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            things = scenes[one["video_uid"]][round(question["time"] * CLUTTERED.sample_fps)]
+            shape = question["content"].removeprefix("What colour is the ").removesuffix("?")
+            assert f"{answer['content'].removesuffix('.').lower()} {shape}" in {t["object"] for t in things}
+            assert {question["content"], answer["content"]} <= set(shapes.sentences(CLUTTERED))
+            asked += 1
+    assert asked > 4
+
+
+def test_the_ground_drifts_and_has_no_seam():
+    world = replace(
+        CLUTTERED, distractors=(), noise=0.0, appear=0.0, move=0.0, turn=0.0, leave=1.0, questions=0.0, hop=0
+    )
+    rng = np.random.default_rng(0)
+    first, *_, last = shapes.render(rng, world, 8, [shapes.Event(0, "", {})])
+    shift = round(world.drift * (8 * world.fps // world.sample_fps - 1) / world.fps)
+    assert shift > 10
+    np.testing.assert_array_equal(np.roll(first, shift, axis=1), last)
+    steps = np.abs(np.diff(last.astype(int), axis=1)).max()
+    assert np.abs(last[:, 0].astype(int) - last[:, -1]).max() <= steps
+
+
+def test_the_plain_world_has_no_questions(folder):
+    assert not (folder / "questions.json").exists()

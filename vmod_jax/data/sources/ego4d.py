@@ -6,8 +6,8 @@ VideoLLM-online (CVPR 2024), section 3.3; file layout and edge cases are the dat
     all_narrations_redacted.json   {"videos": {uid: {"narrations": [{"time", "text", "_annotation_uid"}]}}}
     B_val.json, B_test_unannotated.json for eight benchmarks B
                                    [{"video_uid"}] under "videos", "clips" or "annotations"
-    questions.json                 in the schema of goalstep_livechat: [{"video_uid", "conversation": [{"role", "content",
-                                   "time"}]}]: questions and answers in mid-stream, beside the narrations
+    questions.json                 [{"video_uid", "conversation": [{"role", "content", "time"}]}], the schema of
+                                   goalstep_livechat: questions and answers in mid-stream, beside the narrations
     splits.json                    instead of those, for data of one's own: {"train": [uid], "val": [], "test": []}
 """
 
@@ -142,7 +142,9 @@ def _questions(path: Path, fps: float) -> dict[str, list[tuple[int, str, str]]]:
             turns = chat["conversation"]
             for asked, answered in zip(turns[::2], turns[1::2], strict=True):
                 if (asked["role"], answered["role"]) != ("user", "assistant"):
-                    raise UserError(f"{path}: the turns of {chat['video_uid']} must be a question, its answer, and so on")
+                    raise UserError(
+                        f"{path}: the turns of {chat['video_uid']} must be a question, its answer, and so on"
+                    )
                 frame = math.floor(asked["time"] * fps + 1e-9)
                 found.setdefault(chat["video_uid"], []).append((frame, asked["content"], answered["content"]))
     except (ValueError, TypeError, KeyError) as error:
