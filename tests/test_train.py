@@ -361,5 +361,5 @@ def test_the_keep_ratio_comes_down_in_stages(whole, config, tmp_path):
     train(everything, tmp_path / "all", stop_at=2)
     assert _losses(tmp_path / "all") == _losses(tmp_path / "whole")[:2]
     warmed.keep_warmup = 1.5
-    with pytest.raises(UserError, match="keep_warmup=1.5"):
+    with pytest.raises(UserError, match=r"keep_warmup=1\.5"):
         train(warmed, tmp_path / "none")

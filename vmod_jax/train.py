@@ -23,8 +23,8 @@ from vmod_jax import workdir as folder
 from vmod_jax.data.conversation import IGNORE, stream_format
 from vmod_jax.data.pipeline import batches, cache_folder, make_buckets, open_streams
 from vmod_jax.errors import UserError
-from vmod_jax.models.depth import doublings_at, loosened
 from vmod_jax.models.context import Beginning, over_context
+from vmod_jax.models.depth import doublings_at, loosened
 from vmod_jax.models.flops import kept_counts, step_flops
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params, num_params
 from vmod_jax.training import config as configuration

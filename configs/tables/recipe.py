@@ -15,5 +15,6 @@ ROWS = {
     "gate_sigmoid": Row({"gate": "sigmoid"}),
     "keep_last": Row({"model.always_keep_last": True}),
     "router_rate_1": Row({"optimizer.rates.expert": 1.0}),
+    "router_rate_4": Row({"optimizer.rates.expert": 4.0}),
     "keep_warmup": Row({"keep_warmup": 0.5}),
 }
