@@ -54,7 +54,12 @@ def _update(p, x, positions, alive, config, lora):
     return a + _linear(p["down"], gate / (1 + np.exp(-gate)) * _linear(p["up"], y, lora), lora)
 
 
-GATES = {"raw": lambda m: m, "tanh": lambda m: 1 + 0.2 * np.tanh(m), "sigmoid": lambda m: 1 / (1 + np.exp(-m))}
+GATES = {
+    "raw": lambda m: m,
+    "tanh": lambda m: 1 + 0.2 * np.tanh(m),
+    "sigmoid": lambda m: 1 / (1 + np.exp(-m)),
+    "straight_through": np.ones_like,
+}
 
 
 def forward(config, params, input_ids, frames, replay=None):

@@ -22,8 +22,11 @@ pytestmark = pytest.mark.one_function
 
 LAYERS, WIDTH, VOCAB, D_V, MARGIN = 4, 32, 60, 12, 1e-4
 LLAMA = LlamaConfig(VOCAB, WIDTH, 48, LAYERS, 4, 2, 8, 500000.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 64))
-GATES = ("raw", "tanh", "sigmoid")
-CASES = [*itertools.product(POLICIES, ["raw"]), ("interleaved", "tanh"), ("interleaved", "sigmoid"), ("all", "tanh")]
+CASES = [
+    *itertools.product(POLICIES, ["raw"]),
+    *itertools.product(["interleaved"], ["tanh", "sigmoid", "straight_through"]),
+    ("all", "tanh"),
+]
 
 
 def make_config(policy="interleaved", gate="raw", **changes):
@@ -250,6 +253,29 @@ def test_gradients_do_not_depend_on_remat(policy):
     expert = np.asarray(plain["llama"]["layers"]["expert"]["kernel"])
     learned = [spec.selector == "learned" for spec in config.policy]
     assert ((np.abs(expert).max(1) > 0) == learned).all()
+
+
+def test_straight_through_teaches_the_router_and_nothing_else():
+    """Beside a gate that is 1 because its router is zero: the same output and the same gradients, but the router's."""
+    config = make_config(gate="straight_through")
+    params = make_params(config)
+    ids, _, features, _, routing, _ = draw(config, params, 9)
+    kept = {layer: np.asarray(routed.kept)[None] for layer, routed in routing.items()}
+
+    def run(config, params):
+        def loss(params):
+            model = VideoLM(config)
+            return jnp.square(model.apply({"params": params}, ids[None], features[None], replay=kept).logits).mean()
+
+        value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+        return value, gradient, gradient["llama"]["layers"].pop("expert")["kernel"]
+
+    value, gradient, router = run(config, params)
+    zero = {**params["llama"]["layers"], "expert": {"kernel": jnp.zeros((LAYERS, WIDTH))}}
+    expected = run(make_config(gate="tanh"), {**params, "llama": {**params["llama"], "layers": zero}})
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), gradient, expected[1])
+    assert ((np.abs(router).max(1) > 0) == [spec.selector == "learned" for spec in config.policy]).all()
 
 
 def test_always_keep_last():

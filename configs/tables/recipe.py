@@ -16,5 +16,8 @@ ROWS = {
     "keep_last": Row({"model.always_keep_last": True}),
     "router_rate_1": Row({"optimizer.rates.expert": 1.0}),
     "router_rate_4": Row({"optimizer.rates.expert": 4.0}),
+    "straight_through": Row({"gate": "straight_through"}),
+    "straight_through_last": Row({"gate": "straight_through", "model.always_keep_last": True}),
+    "random_last": Row({"policy": "random", "model.always_keep_last": True}),
     "keep_warmup": Row({"keep_warmup": 0.5}),
 }

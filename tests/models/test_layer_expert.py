@@ -15,6 +15,7 @@ from vmod_jax.models.layer_expert import (
     router_init_std,
     router_scores,
     select,
+    straight_through,
     uniform_indices,
 )
 
@@ -63,13 +64,33 @@ def test_gates():
     np.testing.assert_allclose(gate("sigmoid", mu), 1 / (1 + np.exp(-mu.astype(np.float64))), rtol=1e-6)
     assert gate("tanh", jnp.float32(0)) == 1  # a pretrained block is unharmed at the first step
     assert (np.abs(np.asarray(gate("tanh", mu)) - 1) <= 0.2 + 1e-6).all()
-    with pytest.raises(UserError, match="unknown gate 'relu': use one of raw, tanh, sigmoid"):
+    with pytest.raises(UserError, match="unknown gate 'relu': use one of raw, tanh, sigmoid, straight_through"):
         gate("relu", mu)
+
+
+def test_straight_through_scales_nothing_and_learns_which_tokens_are_worth_more_than_the_others():
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(rng.normal(size=(2, 3, 5)), jnp.float32)
+    worth = rng.normal(size=(2, 3, 5))
+    value, pull = jax.vjp(straight_through, scores)
+    assert (value == 1).all()
+    (gradient,) = pull(jnp.asarray(worth, jnp.float32))
+    share = np.exp(np.asarray(scores, np.float64))
+    share /= share.sum(-1, keepdims=True)
+    better = worth - (share * worth).sum(-1, keepdims=True)
+    np.testing.assert_allclose(gradient, 5 * share * better, atol=1e-5)
+
+    value, pull = jax.vjp(lambda scores: straight_through(scores, always_keep_last=True), scores)
+    assert (value == 1).all()
+    (gradient,) = pull(jnp.ones((2, 3, 5)).at[..., 1].set(2.0))
+    assert (np.asarray(gradient[..., -1]) == 0).all()
+    assert (np.asarray(gradient[..., 1]) > 0).all()
+    assert (np.asarray(gradient[..., [0, 2, 3]]) < 0).all()
 
 
 def test_initial_routers_of_each_gate():
     assert router_init_std("raw", 64) == 1 / 8
-    assert router_init_std("tanh", 64) == router_init_std("sigmoid", 64) == 0.02 / 8
+    assert router_init_std("tanh", 64) == router_init_std("straight_through", 64) == 0.02 / 8
 
 
 def test_scores_are_real_float32_also_of_bfloat16_input():

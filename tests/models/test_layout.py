@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmod_jax.models.layout import compact, compaction_slots, find_frames, invert, take_rows
+from vmod_jax.models.layout import compact, compaction_slots, find_frames, invert, take_frames, take_rows
 
 T, FRAMES, N, FRAME = 24, 4, 3, 9  # all rows are padded to this, so that everything compiles once
 
@@ -113,6 +113,27 @@ def test_compaction_is_the_kept_tokens_in_order(k):
             assert packed.inverse[b].tolist() == [slot.get(t, size) for t in range(T)]
 
     check()
+
+
+@settings(deadline=None, max_examples=25)
+@given(rows(), st.randoms(use_true_random=False))
+def test_values_of_frames_go_where_their_tokens_go_and_so_do_gradients(rows, random):
+    ids, length = rows
+    kept = np.array([[sorted(random.sample(range(N), 2)) for _ in range(FRAMES)] for _ in range(2)], np.int32)
+    values = np.arange(1.0, 2 * FRAMES * N + 1, dtype=np.float32).reshape(2, FRAMES, N)
+    layout = find_frames(ids, length, FRAME, N, FRAMES)
+    packed = compact(layout, compaction_slots(layout, N, 2), kept)
+    got, pull = jax.vjp(lambda values: take_frames(values, layout, packed), jnp.asarray(values))
+    weight = np.random.default_rng(0).normal(size=got.shape).astype(np.float32)
+    want, gradient = np.zeros(got.shape), np.zeros(values.shape)
+    for b in range(2):
+        for slot, token in enumerate(np.asarray(packed.index[b])):
+            if token < T and ids[b, token] == FRAME:
+                place = divmod(int(layout.vision[b, token]), N)
+                want[b, slot] = values[b, *place]
+                gradient[b, *place] = weight[b, slot]
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(pull(jnp.asarray(weight))[0], gradient)
 
 
 @settings(deadline=None, max_examples=50)

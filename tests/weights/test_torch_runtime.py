@@ -16,7 +16,11 @@ from vmod_jax.models.vision import VisionConfig, VisionTower, patches_width
 from vmod_jax.weights import export
 
 torch = pytest.importorskip("torch")
-CASES = [*itertools.product(POLICIES, ["raw"]), ("interleaved", "tanh"), ("interleaved", "sigmoid"), ("all", "tanh")]
+CASES = [
+    *itertools.product(POLICIES, ["raw"]),
+    *itertools.product(["interleaved"], ["tanh", "sigmoid", "straight_through"]),
+    ("all", "tanh"),
+]
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

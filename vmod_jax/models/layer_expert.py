@@ -14,11 +14,13 @@ from jax import Array, lax
 from vmod_jax.errors import UserError
 
 # What multiplies a kept token's update. `raw` is the paper's. `tanh` is exactly 1 for a zero router, so that a
-# pretrained block is unharmed at the first step. Text is never scaled.
+# pretrained block is unharmed at the first step. `straight_through` scales nothing: its router learns by
+# `straight_through`. Text is never scaled.
 GATES = {
     "raw": lambda mu: mu,
     "tanh": lambda mu: 1 + 0.2 * jnp.tanh(mu),
     "sigmoid": jax.nn.sigmoid,
+    "straight_through": jnp.ones_like,
 }
 
 
@@ -29,11 +31,24 @@ def gate(name: str, mu: Array) -> Array:
     return GATES[name](mu)
 
 
+def straight_through(scores: Array, always_keep_last: bool = False) -> Array:
+    """Exactly 1 for every token, with the gradient of `n` times its share of the frame's softmax.
+
+    The router so learns which tokens' updates are worth more than those of the others of their frame, and nothing
+    else: a gate that scales learns to make all updates larger besides, and a bounded one stops at its bound.
+    A last token that is kept always has no part in it. scores: f32[B, F, n] -> f32[B, F, n]. Not in the paper.
+    """
+    if always_keep_last:
+        scores = scores.at[..., -1].set(-jnp.inf)
+    share = scores.shape[-1] * jax.nn.softmax(scores)
+    return 1 + (share - lax.stop_gradient(share))
+
+
 def router_init_std(gate_name: str, d: int) -> float:
     """Standard deviation of a router's initial weights.
 
     raw: 1/sqrt(d), so that mu has the scale of its input and the kept tokens' blocks are not all but switched off;
-    tanh, sigmoid: 0.02/sqrt(d), so that the gate starts at its value for 0 and selection is already spread.
+    the others: 0.02/sqrt(d), so that the gate starts at its value for 0 and selection is already spread.
     """
     return (1.0 if gate_name == "raw" else 0.02) / d**0.5
 

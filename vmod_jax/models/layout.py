@@ -178,3 +178,12 @@ def compact(layout: Layout, slots: Slots, kept: Array) -> Compaction:
     index = _put(slots.text, slot, layout.frame_start[:, :, None] + kept)
     vision = _put(jnp.zeros((batch, capacity), bool), slot, jnp.array(True))
     return Compaction(index, invert(index, size), vision)
+
+
+def take_frames(values: Array, layout: Layout, packed: Compaction) -> Array:
+    """The values of the kept tokens, each in its slot: [B, F, n] -> [B, S]; zeros in the other slots."""
+    batch, frames, n = values.shape
+    order = jnp.take_along_axis(layout.vision, packed.index, axis=1, mode="fill", fill_value=-1)
+    token = (layout.frame_start[:, :, None] + jnp.arange(n)).reshape(batch, -1)
+    slot = jnp.take_along_axis(packed.inverse, token, axis=1, mode="fill", fill_value=packed.index.shape[1])
+    return take_rows(values.reshape(batch, -1, 1), jnp.where(packed.vision, order, frames * n), slot)[..., 0]

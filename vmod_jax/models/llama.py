@@ -21,7 +21,7 @@ from vmod_jax.models import context, kv_cache, layer_expert
 from vmod_jax.models.attention import NEVER, cache_attention, causal_attention, kept_by_remat
 from vmod_jax.models.depth import LayerSpec, Policy, Segment, num_kept, segments
 from vmod_jax.models.kv_cache import Cache
-from vmod_jax.models.layout import Layout, Slots, add_rows, compact, compaction_slots, take_rows
+from vmod_jax.models.layout import Layout, Slots, add_rows, compact, compaction_slots, take_frames, take_rows
 from vmod_jax.models.placement import by_rows, on_rows
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -529,6 +529,11 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x, la
         position = jnp.take_along_axis(layout.position, packed.index, axis=1, mode="fill", fill_value=NEVER)
         valid = packed.index < x.shape[1]
         x_kept = take_rows(x, packed.index, packed.inverse)
+        factor = None
+        if spec.selector == "learned" and routing.gate == "straight_through":
+            scores = layer_expert.router_scores(lax.stop_gradient(x), weight)
+            scores = layer_expert.frame_scores(scores, layout.frame_start, n)
+            factor = take_frames(layer_expert.straight_through(scores, routing.always_keep_last), layout, packed)
 
     def block(params, x_kept):
         params = _one(params, place)
@@ -540,8 +545,8 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x, la
         )
         if spec.selector == "learned":
             mu = layer_expert.router_scores(x_kept, params["expert"]["kernel"])
-            factor = jnp.where(packed.vision, layer_expert.gate(routing.gate, mu), 1.0)
-            update = (update.astype(jnp.float32) * factor[..., None]).astype(update.dtype)
+            gate = layer_expert.gate(routing.gate, mu) if factor is None else factor
+            update = (update.astype(jnp.float32) * jnp.where(packed.vision, gate, 1.0)[..., None]).astype(update.dtype)
         return update, new_stack
 
     # The checkpoint saves the compacted rows, not the whole sequence.

@@ -27,7 +27,12 @@ from transformers import PreTrainedModel
 from .configuration_vmod import VideoLMConfig
 from .streaming_vmod import Session
 
-GATES = {"raw": lambda mu: mu, "tanh": lambda mu: 1 + 0.2 * torch.tanh(mu), "sigmoid": torch.sigmoid}
+GATES = {
+    "raw": lambda mu: mu,
+    "tanh": lambda mu: 1 + 0.2 * torch.tanh(mu),
+    "sigmoid": torch.sigmoid,
+    "straight_through": torch.ones_like,
+}
 
 
 # --- which tokens a layer computes ------------------------------------------------------------------------------------
