@@ -14,4 +14,7 @@ ROWS = {
     "interleaved_deep": Row({"policy": "interleaved_deep"}),
     "all": Row({"policy": "all"}),
     "all_deep": Row({"policy": "all_deep"}),
+    # Where nothing but what was kept has ever been computed, the choice matters most.
+    "all_keep_last": Row({"policy": "all", "model.always_keep_last": True}),
+    "all_keep_last_tanh": Row({"policy": "all", "model.always_keep_last": True, "gate": "tanh"}),
 }

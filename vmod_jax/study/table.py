@@ -184,5 +184,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = collect(args.out, list(every))
     print("\n" + markdown(results))
     print(f"wrote {', '.join(map(str, write_results(args.out, results, args.results or args.out)))}")
-    print(f"next: vmod routing --workdir {args.out}/interleaved/seed-0, to see what its routers choose")
+    name = "interleaved" if "interleaved" in results else next(iter(results))
+    print(f"next: vmod routing --workdir {args.out}/{name}/seed-0, to see what its routers choose")
     return 0
