@@ -299,7 +299,8 @@ def make_loss(model: VideoLM, mesh: Mesh) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the model places its activations by it
             hidden = (over_context(labelled) if "first_frame" in batch else labelled)(variables, batch, rngs)
         head: Any = functools.partial(model.apply, variables, method="logits")
-        return objective.head_loss(head, hidden, batch["label"], batch["label_weight"], batch["label_is_stream"])
+        labels = batch["label"], batch["label_weight"], batch["label_is_stream"]
+        return objective.head_loss(head, hidden, *labels, largest=objective.LARGEST * mesh.size)
 
     return loss
 

@@ -128,7 +128,9 @@ def test_llama_3_8b_fits_v5e_16(tmp_path):
         assert entry["total_bytes"] < 16 * 2**30
         # 8 billion bf16 weights and 0.36 billion float32 ones, thrice: all of it split over 16 chips
         assert 1.2 * 2**30 < entry["argument_bytes"] < 1.3 * 2**30
-        # Weights are gathered for the forward pass and again backwards: twice the decoder's at the least.
-        assert entry["collective_bytes"] > 2 * 32 * 218.1e6 * 2 * 15 / 16
+        # Weights are gathered for the forward pass and again backwards, and nothing else to speak of: the loss, which
+        # comes in two parts, gathers the head (1.05 GB) four times.
+        weights = 2 * 32 * 218.1e6 * 2 * 15 / 16
+        assert weights < entry["collective_bytes"] < 1.2 * weights + 4 * 1.05e9
     rows = {row["kind"]: row for row in results["rows"]}
     assert rows["aot_flops"]["ratio"] == pytest.approx(rows["aot_flops"]["formula_ratio"], abs=0.02)

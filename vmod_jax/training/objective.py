@@ -21,7 +21,7 @@ def gather_labelled(hidden: jax.Array, label_pos: jax.Array) -> jax.Array:
     return take_rows(hidden, label_pos, invert(label_pos, hidden.shape[1]))
 
 
-# Logits f32[B, M, V] of more numbers than this (1 GiB, and as much for their gradient) are made in parts.
+# Logits f32[B, M, V] of more numbers a device than this (1 GiB, and as much for their gradient) are made in parts.
 LARGEST = 1 << 28
 
 
@@ -36,7 +36,7 @@ def head_loss(
     """`loss` of head(hidden), without logits of all labels at once where those are more than `largest` numbers.
 
     head: dtype[B, m, d] -> f32[B, m, V]; hidden: dtype[B, M, d] at the labelled positions. In parts, each part's logits
-    are computed again on the way back.
+    are computed again on the way back, and where the head is split over devices each part gathers it anew.
     """
     batch, labels, _ = hidden.shape
     vocabulary = jax.eval_shape(head, hidden).shape[-1]
