@@ -38,6 +38,7 @@ def test_train_step(tmp_path, capsys):
         "train_step",
         "carried",
         "memory",
+        "memory_same_units",
         "peer",
         "peer",
     ]

@@ -90,6 +90,15 @@ def test_lora_and_rematerialisation_over_context(run):
 
 
 @pytest.mark.slow
+def test_straight_through_and_one_router_for_all_layers(run):
+    changes = {"gate": "straight_through", "model": {"shared_router": True}}
+    one, *others = run("interleaved", "data=1", "data=2,fsdp=4", "context=4,fsdp=2", **changes)
+    for other in others:
+        same(one, other)
+        assert other["collectives"]["routing"] == 0, other["mesh"]
+
+
+@pytest.mark.slow
 def test_a_run_moves_from_a_context_mesh_to_one_device(tiny_run, tiny_config, tmp_path):
     """`vmod train` itself, with gradient accumulation: four steps on eight devices, four more on one."""
     from vmod_jax.train import train

@@ -115,33 +115,34 @@ def _cell(values: Sequence[float], digits: int) -> str:
     return f"{mean} ± {spread:.{digits}f}" if len(values) > 1 and max(values) != min(values) else mean
 
 
-def plot(results: Results, cost: str, path: Path) -> None:
-    """strict Fluency and strict TimeDiff of all rows against their `cost` ("flops" or "seconds"), with error bars."""
+def plot(tables: dict[str, Results], cost: str, path: Path) -> None:
+    """Fluency and TimeDiff against `cost` ("flops" or "seconds"), with error bars: a line of two panels a table."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, 2), ("fluency_strict", "time_diff_strict"), strict=True):
-        for name, row in results.items():
-            if not row[cost] or not row[metric]:
-                continue
-            x, y = np.mean(row[cost]), np.mean(row[metric])
-            spread = np.std(row[metric], ddof=1) if len(row[metric]) > 1 else 0.0
-            axes.errorbar(x, y, yerr=spread, fmt="o", capsize=3, markersize=5)
-            axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
-        axes.set_xlabel(METRICS[cost][0].removesuffix(" ↓"))
-        axes.set_ylabel(METRICS[metric][0])
-        axes.grid(alpha=0.3)
+    figure = Figure(figsize=(11, 3.3 * len(tables)), layout="constrained")
+    for (title, results), panels in zip(tables.items(), figure.subplots(len(tables), 2, squeeze=False), strict=True):
+        for axes, metric in zip(panels, ("fluency", "time_diff"), strict=True):
+            for number, (name, row) in enumerate(results.items()):
+                if row[cost] and row[metric]:
+                    spread = np.std(row[metric], ddof=1) if len(row[metric]) > 1 else 0.0
+                    style = {"fmt": "os^vD"[number % 5], "capsize": 3, "markersize": 5, "alpha": 0.8, "label": name}
+                    axes.errorbar(np.mean(row[cost]), np.mean(row[metric]), yerr=spread, **style)
+            axes.set_xlabel(METRICS[cost][0].removesuffix(" ↓"))
+            axes.set_ylabel(METRICS[metric][0])
+            axes.grid(alpha=0.3)
+        panels[0].set_title(title, loc="left")
+        panels[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def write_results(out: Path, results: Results, to: Path) -> list[Path]:
-    """policies.json, policies.md and the plots: -> the files."""
+def write_results(results: Results, tables: dict[str, Results], to: Path) -> list[Path]:
+    """policies.json and policies.md of all rows, and a plot for each cost, a line a table: -> the files."""
     to.mkdir(parents=True, exist_ok=True)
     files = [to / "policies.json", to / "policies.md", to / "quality-flops.png", to / "quality-seconds.png"]
     files[0].write_text(json.dumps(results, indent=1) + "\n")
     files[1].write_text(markdown(results))
     for cost, file in zip(("flops", "seconds"), files[2:], strict=True):
-        plot(results, cost, file)
+        plot(tables, cost, file)
     return files
 
 
@@ -171,8 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, help="these alone (default: as many as the table says)")
     parser.add_argument("--results", type=Path, help="where tables and plots go (default: OUT)")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    tables = [read_table(path) for path in args.tables]
-    every = {name: (config, row) for config, rows in tables for name, row in rows.items()}
+    tables = {path.stem: read_table(path) for path in args.tables}
+    every = {name: (config, row) for config, rows in tables.values() for name, row in rows.items()}
     if wrong := set(args.rows or ()) - every.keys():
         raise UserError(f"no row '{min(wrong)}' in {', '.join(map(str, args.tables))}: use one of {', '.join(every)}")
     for name in args.rows or every:
@@ -183,7 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_row(config, row, args.out, name, seed)
     results = collect(args.out, list(every))
     print("\n" + markdown(results))
-    print(f"wrote {', '.join(map(str, write_results(args.out, results, args.results or args.out)))}")
+    bases = {row.base for _, row in every.values()}
+    shown = {
+        title: {name: results[name] for name in rows if name in results and name not in bases}
+        for title, (_, rows) in tables.items()
+    }
+    print(f"wrote {', '.join(map(str, write_results(results, shown, args.results or args.out)))}")
     name = "interleaved" if "interleaved" in results else next(iter(results))
     print(f"next: vmod routing --workdir {args.out}/{name}/seed-0, to see what its routers choose")
     return 0
