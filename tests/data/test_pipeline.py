@@ -137,7 +137,7 @@ def test_chunks_of_whole_frames(streams, fmt, caplog):
 
 
 def _data(**values):
-    return ml_collections.ConfigDict({"fps": 2.0, "root": "", "seed": 0} | values)
+    return ml_collections.ConfigDict({"fps": 2.0, "root": "", "seed": 0, "world": "plain"} | values)
 
 
 def test_generated_streams(tmp_path, monkeypatch):
