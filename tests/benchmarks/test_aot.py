@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vmod_jax.benchmarks.aot import CASES, TARGETS, collective_bytes, compare, library
+from vmod_jax.benchmarks.aot import CASES, TARGETS, _line, collective_bytes, compare, library
 
 # A loop of 3 around a loop of 8 in steps of 2, as the TPU's compiler writes them.
 TEXT = """\
@@ -105,6 +105,16 @@ def test_rows_hold_the_method_against_full():
     assert ratios == pytest.approx([0.75, 0.68, 1.0])
     assert rows["aot_flops"]["formula_ratio"] == pytest.approx(0.683, abs=1e-3)  # spec: attention kept
     assert [row["kind"] for row in compare("x", CASES["8b-v5e-16-600x10"], mod, {"flops": 10.0})] == ["aot_flops"]
+
+
+def test_a_step_that_is_too_large_is_said_whether_it_compiles_or_not():
+    result = dict.fromkeys(("argument_bytes", "temp_bytes", "collective_bytes"), 2**30)
+    result |= {"fits": False, "total_bytes": 20 * 2**30, "hbm_bytes": 16 * 2**30, "flops": 1e12, "compile_seconds": 1.0}
+    assert _line(result).startswith("does not fit: 20.00 of 16 GiB a chip")
+    assert (
+        _line({"fits": False, "error": "RESOURCE_EXHAUSTED: 20 of 16"}) == "does not fit: RESOURCE_EXHAUSTED: 20 of 16"
+    )
+    assert not _line(result | {"fits": True}).startswith("does not fit")
 
 
 def test_every_case_names_a_slice_whose_chips_it_uses():

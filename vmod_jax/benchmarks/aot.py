@@ -125,10 +125,11 @@ def compare(name: str, case: Case, candidate: dict[str, Any], baseline: dict[str
 
 
 def _line(result: dict[str, Any]) -> str:
-    if not result["fits"]:
+    if "error" in result:
         return f"does not fit: {result['error']}"
     gib = {name: result[f"{name}_bytes"] / 2**30 for name in ("total", "argument", "temp", "collective")}
     return (
+        f"{'' if result['fits'] else 'does not fit: '}"
         f"{gib['total']:.2f} of {result['hbm_bytes'] / 2**30:.0f} GiB a chip ({gib['argument']:.2f} arguments, "
         f"{gib['temp']:.2f} temporary), {result['flops'] / 1e12:.1f} TFLOP and {gib['collective']:.2f} GiB received a "
         f"chip and step; compiled in {result['compile_seconds']:.0f} s"
