@@ -529,9 +529,12 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x, la
         position = jnp.take_along_axis(layout.position, packed.index, axis=1, mode="fill", fill_value=NEVER)
         valid = packed.index < x.shape[1]
         x_kept = take_rows(x, packed.index, packed.inverse)
-        factor = None
-        if spec.selector == "learned" and routing.gate == "straight_through":
-            scores = layer_expert.router_scores(lax.stop_gradient(x), weight)
+
+    factor = None
+    if spec.selector == "learned" and routing.gate == "straight_through":
+        # The gradient of the router's weight is summed over devices, as those of all weights are.
+        scores = layer_expert.router_scores(lax.stop_gradient(x), weight)
+        with jax.named_scope("routing"):
             scores = layer_expert.frame_scores(scores, layout.frame_start, n)
             factor = take_frames(layer_expert.straight_through(scores, routing.always_keep_last), layout, packed)
 
