@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from vmod_jax.errors import UserError
+from vmod_jax.models.layout import by_frame
 
 # What multiplies a kept token's update. `raw` is the paper's. `tanh` is exactly 1 for a zero router, so that a
 # pretrained block is unharmed at the first step. `straight_through` scales nothing: its router learns by
@@ -61,9 +62,7 @@ def router_scores(x: Array, weight: Array) -> Array:
 
 def frame_scores(scores: Array, frame_start: Array, n: int) -> Array:
     """Scores of each frame's tokens: f32[B, T], i32[B, F] -> f32[B, F, n]; zeros for frames that a row lacks."""
-    index = frame_start[:, :, None] + jnp.arange(n)
-    flat = index.reshape(index.shape[0], -1)
-    return jnp.take_along_axis(scores, flat, axis=1, mode="fill", fill_value=0).reshape(index.shape)
+    return by_frame(scores, frame_start, n, 0)
 
 
 def random_scores(seed: int, layer: Array | int, frame_index: Array, n: int) -> Array:

@@ -180,10 +180,16 @@ def compact(layout: Layout, slots: Slots, kept: Array) -> Compaction:
     return Compaction(index, invert(index, size), vision)
 
 
+def by_frame(values: Array, frame_start: Array, n: int, fill: int) -> Array:
+    """The values of each frame's tokens: [B, T], i32[B, F] -> [B, F, n]; `fill` for frames that a row lacks."""
+    index = frame_start[:, :, None] + jnp.arange(n)
+    flat = index.reshape(index.shape[0], -1)
+    return jnp.take_along_axis(values, flat, axis=1, mode="fill", fill_value=fill).reshape(index.shape)
+
+
 def take_frames(values: Array, layout: Layout, packed: Compaction) -> Array:
     """The values of the kept tokens, each in its slot: [B, F, n] -> [B, S]; zeros in the other slots."""
     batch, frames, n = values.shape
     order = jnp.take_along_axis(layout.vision, packed.index, axis=1, mode="fill", fill_value=-1)
-    token = (layout.frame_start[:, :, None] + jnp.arange(n)).reshape(batch, -1)
-    slot = jnp.take_along_axis(packed.inverse, token, axis=1, mode="fill", fill_value=packed.index.shape[1])
+    slot = by_frame(packed.inverse, layout.frame_start, n, packed.index.shape[1]).reshape(batch, -1)
     return take_rows(values.reshape(batch, -1, 1), jnp.where(packed.vision, order, frames * n), slot)[..., 0]

@@ -531,7 +531,8 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x, la
         x_kept = take_rows(x, packed.index, packed.inverse)
 
     factor = None
-    if spec.selector == "learned" and routing.gate == "straight_through":
+    # With a cache no gradient is taken, and the gate is 1 without the work that only a gradient needs.
+    if spec.selector == "learned" and routing.gate == "straight_through" and stack is None:
         # The gradient of the router's weight is summed over devices, as those of all weights are.
         scores = layer_expert.router_scores(lax.stop_gradient(x), weight)
         with jax.named_scope("routing"):
