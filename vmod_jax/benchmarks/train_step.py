@@ -8,6 +8,7 @@ compute; both steps over PyTorch's dense one (`peer.py`). Every step is checked 
 import argparse
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -43,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = f"tokens a frame x frames + text tokens ({' '.join(STREAMS)}; with --quick the first two)"
     parser.add_argument("--streams", nargs="+", metavar="NxF+X", type=read_stream, help=about)
     parser.add_argument("--policy", default="interleaved", help="beside full (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="at most, each of one step of each (%(default)s)")
+    about = "at most, each of one step of each; at most 3 beside PyTorch (%(default)s)"
+    parser.add_argument("--rounds", type=int, default=5, help=about)
     parser.add_argument("--no-peer", action="store_true", help="leave PyTorch out")
 
 
@@ -146,18 +148,19 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[
     dense = make_config(args, "full", stream.tokens)
     params, batch = make_params(config), make_batch(config, stream)
     steps = {"mod": Step(config, params, batch), "full": Step(dense, params, batch)}
-    contenders = {name: step.step for name, step in steps.items()}
+    contenders: dict[str, Callable[[], Any]] = {name: step.step for name, step in steps.items()}
     losses = {name: step.forward() for name, step in steps.items()}
     same_bits = {name: step.repeats() for name, step in steps.items()}
-    peer = None
-    if with_peer:
+    seconds = 80 if args.quick else float("inf")
+    forward = interleave({name: step.forward for name, step in steps.items()}, args.rounds, seconds=seconds)
+    times = interleave(contenders, args.rounds, seconds=seconds)
+    peer, beside = None, {}
+    if with_peer:  # afterwards, in fewer rounds: the two above lie closer together
         peer = Peer(dense, params, training=True)
         placed = peer.place(batch)
         losses["peer"] = peer.step(placed)
         contenders["peer"] = lambda: peer.step(placed)
-    seconds = 120 if args.quick else float("inf")
-    times = interleave(contenders, args.rounds, seconds=seconds)
-    forward = interleave({name: step.forward for name, step in steps.items()}, args.rounds, seconds=seconds)
+        beside = interleave(contenders, min(args.rounds, 3), seconds=seconds)
 
     size = f"{stream.tokens}x{stream.frames}+{stream.text}"
     common: dict[str, Any] = {"dtype": config.dtype, "tokens": stream.size} | stream.row_keys()
@@ -190,5 +193,5 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[
         for name, about in (("full", "dense"), ("mod", "MoD")):
             # PyTorch's checkpoints compute attention again; they are what its users have.
             extra: dict[str, Any] = {"peer": f"PyTorch, {peer.attention} attention, dense", "remat": config.remat}
-            rows.append(row(f"{size} {about}/PyTorch", "peer", **pair(times[name], times["peer"]), **common, **extra))
+            rows.append(row(f"{size} {about}/PyTorch", "peer", **pair(beside[name], beside["peer"]), **common, **extra))
     return rows, {"stream": size, "losses": losses, "bit_equal": same_bits}
