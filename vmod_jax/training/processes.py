@@ -58,10 +58,13 @@ def join() -> None:
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Within it, until there is something to save, SIGTERM ends the process with PREEMPTED at once."""
+    """Within it, until there is something to save, SIGTERM ends the process with PREEMPTED at once, and says so."""
     usual = signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
     try:
         yield
+    except SystemExit:
+        print("stopped by SIGTERM, nothing to save: the same command goes on from here", file=sys.stderr)
+        raise
     finally:
         signal.signal(signal.SIGTERM, usual)
 
