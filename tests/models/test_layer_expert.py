@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from vmod_jax.errors import UserError
 from vmod_jax.models.layer_expert import (
-    frame_scores,
     gate,
     random_scores,
     router_init_std,
@@ -102,12 +101,6 @@ def test_scores_are_real_float32_also_of_bfloat16_input():
     np.testing.assert_allclose(scores, np.asarray(x, np.float64) @ np.asarray(weight, np.float64), atol=1e-5)
     with pytest.raises(AssertionError):
         router_scores(x, weight.astype(jnp.bfloat16))
-
-
-def test_scores_of_frames():
-    scores = np.arange(20, dtype=np.float32).reshape(2, 10)
-    got = frame_scores(scores, np.array([[1, 7], [4, 10]]), 3)
-    assert got.tolist() == [[[1, 2, 3], [7, 8, 9]], [[14, 15, 16], [0, 0, 0]]]  # row 1 has no second frame
 
 
 def test_random_scores_depend_on_seed_layer_and_frame_alone():

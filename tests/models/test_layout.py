@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmod_jax.models.layout import compact, compaction_slots, find_frames, invert, take_frames, take_rows
+from vmod_jax.models.layout import by_frame, compact, compaction_slots, find_frames, invert, take_frames, take_rows
 
 T, FRAMES, N, FRAME = 24, 4, 3, 9  # all rows are padded to this, so that everything compiles once
 
@@ -176,3 +176,9 @@ def test_there_and_back_with_its_gradient():
     factor = np.array([1, 4, 4, 1, 4])[:, None]
     np.testing.assert_array_equal(layer(x)[0], factor * x[0])
     np.testing.assert_array_equal(jax.grad(lambda x: layer(x).sum())(x)[0], factor * np.ones((5, 2)))
+
+
+def test_values_by_frame():
+    scores = np.arange(20, dtype=np.float32).reshape(2, 10)
+    got = by_frame(scores, np.array([[1, 7], [4, 10]]), 3, 0)
+    assert got.tolist() == [[[1, 2, 3], [7, 8, 9]], [[14, 15, 16], [0, 0, 0]]]  # row 1 has no second frame

@@ -46,13 +46,14 @@ def test_a_routed_layers_checkpoint_saves_its_compacted_input():
 
 
 @pytest.mark.parametrize("lead", [(7,), (2, 5), ()])
-def test_low_rank_and_its_gradient_are_those_of_the_plain_product(lead):
+def test_loras_product_and_its_gradient_are_those_of_the_plain_product(lead):
     rng = np.random.default_rng(len(lead))
     x, a, b, weight = (rng.normal(size=size).astype(np.float32) for size in ((*lead, 12), (12, 3), (3, 8), (*lead, 8)))
     want = jax.value_and_grad(lambda x, a, b: jnp.sum(weight * ((x @ a) @ b)), (0, 1, 2))(x, a, b)
-    got = jax.value_and_grad(lambda x, a, b: jnp.sum(weight * low_rank(x, a, b)), (0, 1, 2))(x, a, b)
+    got = jax.value_and_grad(lambda x, a, b: jnp.sum(weight * low_rank(x @ a, b)), (0, 1, 2))(x, a, b)
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=2e-5, atol=1e-5), got, want)
-    half = low_rank(*(jnp.asarray(part, jnp.bfloat16) for part in (x, a, b)))
+    x, a, b = (jnp.asarray(part, jnp.bfloat16) for part in (x, a, b))
+    half = low_rank(x @ a, b)
     assert half.dtype == jnp.bfloat16
 
 

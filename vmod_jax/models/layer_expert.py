@@ -12,7 +12,6 @@ import numpy as np
 from jax import Array, lax
 
 from vmod_jax.errors import UserError
-from vmod_jax.models.layout import by_frame
 
 # What multiplies a kept token's update. `raw` is the paper's. `tanh` is exactly 1 for a zero router, so that a
 # pretrained block is unharmed at the first step. `straight_through` scales nothing: its router learns by
@@ -58,11 +57,6 @@ def router_scores(x: Array, weight: Array) -> Array:
     """mu = w . x in float32. x: [..., d] of any float type; weight: f32[d] -> f32[...]."""
     chex.assert_type(weight, jnp.float32)
     return jnp.einsum("...d,d->...", x.astype(jnp.float32), weight, precision=lax.Precision.HIGHEST)
-
-
-def frame_scores(scores: Array, frame_start: Array, n: int) -> Array:
-    """Scores of each frame's tokens: f32[B, T], i32[B, F] -> f32[B, F, n]; zeros for frames that a row lacks."""
-    return by_frame(scores, frame_start, n, 0)
 
 
 def random_scores(seed: int, layer: Array | int, frame_index: Array, n: int) -> Array:

@@ -21,7 +21,7 @@ from vmod_jax.models import context, kv_cache, layer_expert
 from vmod_jax.models.attention import NEVER, cache_attention, causal_attention, kept_by_remat
 from vmod_jax.models.depth import LayerSpec, Policy, Segment, num_kept, segments
 from vmod_jax.models.kv_cache import Cache
-from vmod_jax.models.layout import Layout, Slots, add_rows, compact, compaction_slots, take_frames, take_rows
+from vmod_jax.models.layout import Layout, Slots, add_rows, by_frame, compact, compaction_slots, take_frames, take_rows
 from vmod_jax.models.placement import by_rows, on_rows
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -275,35 +275,27 @@ def linear(params: dict[str, Array], x: Array, lora: LoraConfig, dropout_key: Ar
         if dropout_key is not None and lora.dropout:
             kept = jax.random.bernoulli(dropout_key, 1 - lora.dropout, x.shape)
             low = jnp.where(kept, x / (1 - lora.dropout), 0)
-        y += low_rank(low, params["lora_a"].astype(x.dtype), (params["lora_b"] * lora.scale).astype(x.dtype))
+        y += low_rank(low @ params["lora_a"].astype(x.dtype), (params["lora_b"] * lora.scale).astype(x.dtype))
     return y
 
 
 @jax.custom_vjp
-def low_rank(x: Array, a: Array, b: Array) -> Array:
-    """x A B: [..., in], [in, r], [r, out] -> [..., out].
+def low_rank(low: Array, b: Array) -> Array:
+    """low B, the second half of LoRA's product: [..., r], [r, out] -> [..., out].
 
     Its own backward pass: left to itself, XLA for CPUs transposes the gradient [tokens, out] for the product that gives
-    B's, and computes it element by element a second time on the way. Here only [tokens, r] is ever transposed.
+    B's, and computes it element by element a second time on the way. Here only [tokens, r] is transposed.
     """
-    return _low_rank_forward(x, a, b)[0]
-
-
-def _low_rank_forward(x, a, b):
-    low = x @ a
-    return low @ b, (x, a, b, low)
+    return low @ b
 
 
 def _low_rank_backward(saved, grad):
-    x, a, b, low = saved
-    tokens = tuple(range(x.ndim - 1))
-    grad_low = grad @ b.T
-    grad_b = lax.dot_general(low, grad, ((tokens, tokens), ((), ())))
-    grad_a = lax.dot_general(grad_low, x, ((tokens, tokens), ((), ()))).T
-    return grad_low @ a.T, grad_a, grad_b
+    low, b = saved
+    tokens = tuple(range(low.ndim - 1))
+    return grad @ b.T, lax.dot_general(low, grad, ((tokens, tokens), ((), ())))
 
 
-low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+low_rank.defvjp(lambda low, b: (low @ b, (low, b)), _low_rank_backward)
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -563,7 +555,7 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x, la
         # The gradient of the router's weight is summed over devices, as those of all weights are.
         scores = layer_expert.router_scores(lax.stop_gradient(x), weight)
         with jax.named_scope("routing"):
-            scores = layer_expert.frame_scores(scores, layout.frame_start, n)
+            scores = by_frame(scores, layout.frame_start, n, 0)
             factor = take_frames(layer_expert.straight_through(scores, routing.always_keep_last), layout, packed)
 
     def block(params, x_kept):
@@ -597,6 +589,6 @@ def _choose(spec: LayerSpec, x, weight, layout: Layout, routing: Routing, layer,
     if spec.selector == "random":
         scores = layer_expert.random_scores(routing.seed, layer, layout.frame_index, n)
     else:
-        scores = layer_expert.frame_scores(layer_expert.router_scores(x, weight), layout.frame_start, n)
+        scores = by_frame(layer_expert.router_scores(x, weight), layout.frame_start, n, 0)
     select = functools.partial(layer_expert.select, k=k, always_keep_last=routing.always_keep_last)
     return Routed(scores, on_rows(select)(scores))
