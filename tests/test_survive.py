@@ -120,7 +120,8 @@ def test_kills_at_random_moments(tmp_path):
             elif code == -signal.SIGTERM:  # SIGTERM's usual end: Python has not read the command yet
                 assert len(run.log()) == said, run.log()
             else:
-                assert code == PREEMPTED and "goes on from here" in run.log()[said:], run.log()
+                assert code == PREEMPTED, run.log()
+                assert "goes on from here" in run.log()[said:]
             table.append((how, time.monotonic() - began, "yes" if saving else "", before, run.latest(), code))
         run.finish()
         assert_same(run.folder, tmp_path / "whole")
