@@ -14,7 +14,9 @@ def run(tmp_path, *options):
     return json.loads(path.read_text())
 
 
-def test_flops_writes_the_papers_column(tmp_path, capsys):
+def test_flops_writes_the_papers_column(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    monkeypatch.setenv("HF_TOKEN", "a secret")
     results = run(tmp_path)
     paper = {
         "full": 48.29,
@@ -31,6 +33,8 @@ def test_flops_writes_the_papers_column(tmp_path, capsys):
     assert results["versions"]["jax"]
     assert results["machine"]["cores"] >= 1
     assert results["machine"]["devices"]
+    assert results["environment"]["MALLOC_ARENA_MAX"] == "1"
+    assert "HF_TOKEN" not in results["environment"]
     rows = {entry["name"]: entry for entry in results["rows"]}
     assert rows["interleaved"]["ratio"] == pytest.approx(30.734 / 48.290, abs=1e-4)
     assert {"kind", "formula_ratio", "spread", "dtype", "remat", "tokens_per_frame", "frames"} <= rows["full"].keys()

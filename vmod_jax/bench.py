@@ -1,6 +1,6 @@
 """`vmod bench NAME`: benchmarks, each printed as a table and written as one JSON object.
 
-The object: {machine, versions, rows: [row(...)], ...}. `ratio` is candidate / baseline, lower is better, and stands
+The object: {machine, versions, environment, rows: [row(...)], ...}. `ratio` is candidate / baseline, lower is better, and stands
 beside `formula_ratio`, what the closed form of `models/flops.py` lets one hope for.
 """
 
@@ -82,6 +82,12 @@ def describe_versions() -> dict[str, str]:
     return versions
 
 
+def describe_environment() -> dict[str, str]:
+    """The variables that change how fast a process is, as far as they are set: those of XLA, malloc and threads."""
+    names = ("XLA_", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_NUM")
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(names)}
+
+
 # --- timing -----------------------------------------------------------------------------------------------------------
 
 
@@ -151,10 +157,10 @@ def print_table(rows: Sequence[dict[str, Any]], unit: str) -> None:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Writes a benchmark's results with the machine and the versions they were got on."""
+    """Writes a benchmark's results with the machine, the versions and the environment they were got on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    described = {"machine": describe_machine(), "versions": describe_versions()} | results
-    path.write_text(json.dumps(described, indent=1) + "\n")
+    where = {"machine": describe_machine(), "versions": describe_versions(), "environment": describe_environment()}
+    path.write_text(json.dumps(where | results, indent=1) + "\n")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
