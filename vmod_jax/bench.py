@@ -1,7 +1,7 @@
 """`vmod bench NAME`: benchmarks, each printed as a table and written as one JSON object.
 
-The object: {machine, versions, environment, rows: [row(...)], ...}. `ratio` is candidate / baseline, lower is better, and stands
-beside `formula_ratio`, what the closed form of `models/flops.py` lets one hope for.
+The object: {machine, versions, environment, rows: [row(...)], ...}. `ratio` is candidate / baseline, lower is better,
+and stands beside `formula_ratio`, what the closed form of `models/flops.py` lets one hope for.
 """
 
 import importlib
