@@ -36,6 +36,8 @@ def test_train_step(tmp_path, capsys):
     assert [entry["kind"] for entry in results["rows"]] == [
         "forward",
         "train_step",
+        "limit",
+        "limit",
         "carried",
         "memory",
         "memory_same_units",
@@ -51,6 +53,11 @@ def test_train_step(tmp_path, capsys):
         work.append(2 * tokens * (3 * weights + 4 * adapters) + 3.5 * 2 * tokens**2 * 32)
     assert rows["train_step"]["formula_ratio"] == pytest.approx((work[0] + work[1]) / (2 * work[0]))
     assert rows["memory"]["formula_ratio"] == rows["carried"]["formula_ratio"] == pytest.approx((50 + 26) / 100)
+    # The machine's time for as many FLOPs, those of the head at the labels among them: 6 frames' ends and 10 words.
+    limits = [entry for entry in results["rows"] if entry["kind"] == "limit"]
+    seconds = [entry["baseline"] * entry["matmul_tflops"] * 1e12 for entry in limits]
+    head = 2 * 16 * (2 * 32 * 64 + 3 * 4 * (32 + 64))
+    assert seconds == pytest.approx([2 * work[0] + head, work[0] + work[1] + head])
     # Carried: the input and the attention's output [T, d] and its log-sum-exp [T, H], tiles of 8 tokens.
     assert rows["carried"]["baseline"] * 2**20 == 2 * 4 * (50 * 32 + 56 * (32 + 4))
     (check,) = results["checks"]

@@ -1,8 +1,9 @@
 """`vmod bench train-step`: a training step of the method beside full computation and beside PyTorch, taken in turn.
 
-Rows, for each stream: the forward pass and the training step MoD / full beside their formula; what is carried from the
-forward to the backward pass, and all temporary memory of the compiled steps, beside the share of tokens that layers
-compute; both steps over PyTorch's dense one (`peer.py`). Every step is checked to give the same bits again.
+Rows, for each stream: the forward pass and the training step MoD / full beside their formula; both steps over the
+seconds that the machine takes for bare matrix products of as many FLOPs; what is carried from the forward to the
+backward pass, and all temporary memory of the compiled steps, beside the share of tokens that layers compute; both
+steps over PyTorch's dense one (`peer.py`). Every step is checked to give the same bits again.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from vmod_jax.bench import interleave, pair, print_table, row
 from vmod_jax.benchmarks.peer import Peer, available
@@ -28,7 +30,7 @@ from vmod_jax.benchmarks.setup import (
 )
 from vmod_jax.errors import UserError
 from vmod_jax.models.depth import FULL, segments
-from vmod_jax.models.flops import kept_counts
+from vmod_jax.models.flops import kept_counts, step_flops
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig
 from vmod_jax.train import State, make_loss, make_step
 from vmod_jax.training import config as configuration
@@ -110,6 +112,29 @@ class Step:
         return sum(a.size * a.dtype.itemsize for a in stacked if jnp.issubdtype(a.dtype, jnp.floating))
 
 
+class MatrixProducts:
+    """The machine's own rate: products of the shapes of the model's MLP at T tokens, and nothing else."""
+
+    def __init__(self, config: VideoLMConfig, tokens: int):
+        llama, dtype = config.llama, jnp.dtype(config.dtype)
+        d, hidden = llama.hidden_size, llama.intermediate_size
+        keys = jax.random.split(jax.random.key(0), 3)
+        sizes = ((tokens, d), (d, hidden), (hidden, d))
+        x, up, down = (
+            jax.random.normal(key, size, dtype) * size[0] ** -0.5 for key, size in zip(keys, sizes, strict=True)
+        )
+        turns = max(1, llama.num_hidden_layers // 4)  # about a tenth of a step
+        self.flops = turns * 4 * tokens * d * hidden
+        products = jax.jit(lambda x, up, down: lax.fori_loop(0, turns, lambda _, x: (x @ up) @ down, x))
+        self.run = lambda: jax.block_until_ready(products(x, up, down))
+
+
+def flops_of_step(config: VideoLMConfig, stream: Stream, labels: int) -> float:
+    """FLOPs that a step does by the formula: what it computes again and the head included, the connector left out."""
+    kept = kept_counts(config.policy, stream.tokens)
+    return step_flops(config.llama, kept, stream.frames, stream.text, config.lora.rank, config.remat, labels=labels)
+
+
 def bytes_in_units_of(config: VideoLMConfig, dense: VideoLMConfig, params: Any, batch: dict[str, np.ndarray]) -> int:
     """Temporary bytes of the full step, scanned in units of as many layers as `config`'s.
 
@@ -153,7 +178,8 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[
     same_bits = {name: step.repeats() for name, step in steps.items()}
     seconds = 80 if args.quick else float("inf")
     forward = interleave({name: step.forward for name, step in steps.items()}, args.rounds, seconds=seconds)
-    times = interleave(contenders, args.rounds, seconds=seconds)
+    products = MatrixProducts(dense, stream.size)
+    times = interleave(contenders | {"products": products.run}, args.rounds, seconds=seconds)
     peer, beside = None, {}
     if with_peer:  # afterwards, in fewer rounds: the two above lie closer together
         peer = Peer(dense, params, training=True)
@@ -167,6 +193,14 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[
     mib = {name: step.temporary_bytes / 2**20 for name, step in steps.items()}
     dense_units = bytes_in_units_of(config, dense, params, batch) / 2**20
     carried = {name: step.carried_bytes / 2**20 for name, step in steps.items()}
+
+    def limit(name: str, flops: float, seconds: list[float]) -> dict[str, Any]:
+        """A step over the seconds of its FLOPs at the rate of the products beside it: 2 is half of that rate."""
+        at_their_rate = [each * flops / products.flops for each in times["products"]]
+        measured = pair(seconds, at_their_rate)
+        rate = flops / measured["baseline"] / 1e12
+        return row(name, "limit", **measured, matmul_tflops=rate, remat=config.remat, **common)
+
     rows = [
         row(
             f"{size} forward MoD/full", "forward", **pair(forward["mod"], forward["full"]),
@@ -175,6 +209,10 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[
         row(
             f"{size} train step MoD/full", "train_step", **pair(times["mod"], times["full"]),
             formula_ratio=ratio_of_formula(config, stream, config.remat), remat=config.remat, **common,
+        ),
+        *(
+            limit(f"{size} {about}/matrix products", flops_of_step(model, stream, batch["label"].size), times[name])
+            for name, about, model in (("full", "dense", dense), ("mod", "MoD", config))
         ),
         row(
             f"{size} carried MoD/full", "carried", carried["mod"], carried["full"],
