@@ -92,6 +92,19 @@ def test_a_row_has_every_key_and_its_ratio():
     assert entry["formula_ratio"] is None
 
 
+def test_a_table_says_where_and_how_times_were_taken(capsys):
+    counted = bench.row("counted", "flops", 3.0, 4.0)
+    bench.print_table([counted], unit="TFLOPs")
+    assert capsys.readouterr().out.splitlines()[1:] == ["counted           3           4   0.750"]
+    timed = bench.row("timed", "train_step", 3.0, 4.0, formula_ratio=0.7, spread=0.01, dtype="float32", remat="full")
+    bench.print_table([counted, timed], unit="s")
+    header, _, line, machine = capsys.readouterr().out.splitlines()
+    assert header.split() == ["s", "baseline", "ratio", "formula", "spread", "dtype", "remat"]
+    assert line.split() == ["timed", "3", "4", "0.750", "0.700", "0.010", "float32", "full"]
+    assert machine == f"on {bench.machine_line(bench.describe_machine())}"
+    assert "jax devices: cpu" in machine
+
+
 def test_times_are_taken_in_turn_and_paired_by_round():
     calls = []
     times = bench.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warm_up=2)

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from vmod_jax.errors import ArgumentParser
 
 
@@ -57,6 +59,12 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """What `describe_machine` says, for people."""
+    devices = ", ".join(dict.fromkeys(machine["devices"]))
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB; jax devices: {devices}"
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -92,20 +100,25 @@ def describe_environment() -> dict[str, str]:
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1, seconds: float = float("inf")
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 1,
+    seconds: float = float("inf"),
+    about: str = "rounds",
 ) -> dict[str, list[float]]:
     """Times functions in turn, one call of each a round, in alternating order: {name: seconds of each round}.
 
     The functions must have done all their work when they return (`jax.block_until_ready`). Only calls next to each
     other are comparable where clocks and neighbours change: compare them by `pair`. Rounds stop early, at an odd
-    number, once `seconds` have gone by; `warm_up` calls of each come before and are not counted.
+    number, once `seconds` have gone by; `warm_up` calls of each come before and are not counted. On a terminal a bar
+    named `about` shows how far it is.
     """
     for run in contenders.values():
         for _ in range(warm_up):
             run()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     began = time.perf_counter()
-    for turn in range(rounds):
+    for turn in tqdm(range(rounds), about, leave=False, disable=None):
         if turn % 2 and time.perf_counter() - began > seconds:
             break
         for name in list(contenders)[:: -1 if turn % 2 else 1]:
@@ -142,18 +155,21 @@ def row(name: str, kind: str, candidate: float, baseline: float, **more: Any) ->
 
 
 def print_table(rows: Sequence[dict[str, Any]], unit: str) -> None:
-    """Prints rows as aligned columns."""
+    """Prints rows as aligned columns and, where times were taken, the machine."""
     width = max(len(entry["name"]) for entry in rows)
-    print(f"{'':{width}}  {unit:>10}  {'baseline':>10}  {'ratio':>6}  {'formula':>7}  {'spread':>6}")
+    print(f"{'':{width}}  {unit:>10}    baseline   ratio  formula  spread  dtype     remat")
     for entry in rows:
         formula, spread = (
             "" if entry[key] is None else f"{entry[key]:.3f}"  # what does not apply stays empty
             for key in ("formula_ratio", "spread")
         )
-        print(
-            f"{entry['name']:{width}}  {entry['candidate']:10.4g}  {entry['baseline']:10.4g}  "
-            f"{entry['ratio']:6.3f}  {formula:>7}  {spread:>6}"
+        line = (
+            f"{entry['name']:{width}}  {entry['candidate']:10.4g}  {entry['baseline']:10.4g}  {entry['ratio']:6.3f}  "
+            f"{formula:>7}  {spread:>6}  {entry['dtype'] or '':8}  {entry['remat'] or ''}"
         )
+        print(line.rstrip())
+    if any(entry["spread"] is not None for entry in rows):
+        print(f"on {machine_line(describe_machine())}")
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
@@ -180,3 +196,4 @@ def main(argv: Sequence[str]) -> None:
     results = importlib.import_module(f"vmod_jax.{BENCHMARKS[args.name].module}").run(args)
     if args.json is not None:
         write_json(args.json, results)
+        print(f"wrote {args.json}")

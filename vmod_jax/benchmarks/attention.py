@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for size in args.sizes or (SIZES[:2] if args.quick else SIZES):
         for what, functions in contenders(args, size, dtype, backend).items():
             outs = {name: function() for name, function in functions.items()}
-            times = interleave(functions, args.rounds, seconds=60 if args.quick else float("inf"))
+            seconds = 60 if args.quick else float("inf")
+            times = interleave(functions, args.rounds, seconds=seconds, about=f"{size} {what}")
             apart = max(map(_apart, jax.tree.leaves(outs[backend]), jax.tree.leaves(outs["reference"])))
             for name in functions:
                 if name != backend:

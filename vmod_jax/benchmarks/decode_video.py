@@ -56,7 +56,8 @@ def _compare(args: argparse.Namespace, path: Path) -> dict[str, Any]:
             container.streams.video[0].thread_type = "AUTO"
             counts["decoded"] = sum(1 for _ in container.decode(video=0))
 
-    times = interleave({"ours": ours, "plain": plain}, args.rounds, seconds=120 if args.quick else float("inf"))
+    seconds = 120 if args.quick else float("inf")
+    times = interleave({"ours": ours, "plain": plain}, args.rounds, seconds=seconds, about=path.name)
     both = pair(times["ours"], times["plain"])
     speed = {"decoded_fps": counts["decoded"] / both["candidate"], "plain_fps": counts["decoded"] / both["baseline"]}
     return row(f"{path.name} reader/PyAV", "decode", **both, fps=args.fps, size=args.size, **counts, **speed)

@@ -31,9 +31,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for stream in args.streams or [read_stream(text) for text in (QUICK if args.quick else STREAMS)]:
         config = make_config(args, "all", stream.tokens)
+        size = f"{stream.tokens}x{stream.frames}+{stream.text}"
         for what, functions in contenders(config, stream).items():
-            times = interleave(functions, args.rounds, warm_up=2, seconds=90 if args.quick else float("inf"))
-            size = f"{stream.tokens}x{stream.frames}+{stream.text}"
+            seconds = 90 if args.quick else float("inf")
+            times = interleave(functions, args.rounds, warm_up=2, seconds=seconds, about=f"{size} {what}")
             rows.append(
                 row(
                     f"{size} {what} routing/layer", "routing", **pair(times["routing"], times["layer"]),

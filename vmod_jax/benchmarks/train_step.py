@@ -176,19 +176,21 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[
     contenders: dict[str, Callable[[], Any]] = {name: step.step for name, step in steps.items()}
     losses = {name: step.forward() for name, step in steps.items()}
     same_bits = {name: step.repeats() for name, step in steps.items()}
+    size = f"{stream.tokens}x{stream.frames}+{stream.text}"
     seconds = 80 if args.quick else float("inf")
-    forward = interleave({name: step.forward for name, step in steps.items()}, args.rounds, seconds=seconds)
+    forwards = {name: step.forward for name, step in steps.items()}
+    forward = interleave(forwards, args.rounds, seconds=seconds, about=f"{size} forward")
     products = MatrixProducts(dense, stream.size)
-    times = interleave(contenders | {"products": products.run}, args.rounds, seconds=seconds)
+    both = contenders | {"products": products.run}
+    times = interleave(both, args.rounds, seconds=seconds, about=f"{size} train step")
     peer, beside = None, {}
     if with_peer:  # afterwards, in fewer rounds: the two above lie closer together
         peer = Peer(dense, params, training=True)
         placed = peer.place(batch)
         losses["peer"] = peer.step(placed)
         contenders["peer"] = lambda: peer.step(placed)
-        beside = interleave(contenders, min(args.rounds, 3), seconds=seconds)
+        beside = interleave(contenders, min(args.rounds, 3), seconds=seconds, about=f"{size} beside PyTorch")
 
-    size = f"{stream.tokens}x{stream.frames}+{stream.text}"
     common: dict[str, Any] = {"dtype": config.dtype, "tokens": stream.size} | stream.row_keys()
     mib = {name: step.temporary_bytes / 2**20 for name, step in steps.items()}
     dense_units = bytes_in_units_of(config, dense, params, batch) / 2**20
