@@ -27,9 +27,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vmod_jax.bench import row
+from vmod_jax.benchmarks.setup import Stream, flops_of_step, ratio_of_formula
 from vmod_jax.errors import UserError
 from vmod_jax.models.depth import make_policy
-from vmod_jax.models.flops import LLAMA_3_8B, formula_ratio, kept_counts, step_flops
+from vmod_jax.models.flops import LLAMA_3_8B
 from vmod_jax.models.llama import LlamaConfig, LoraConfig
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig
 from vmod_jax.train import abstract_state, make_step
@@ -112,8 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def compare(name: str, case: Case, candidate: dict[str, Any], baseline: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows aot_memory (bytes a chip), aot_flops and aot_collectives (bytes a chip); those that both compiles have."""
-    kept = kept_counts(_policy(case, "mod"), case.tokens)
-    hoped = formula_ratio(MODELS[case.model], kept, case.frames, case.tokens, TEXT, RANK, case.remat)
+    hoped = ratio_of_formula(model_config(case, "mod"), Stream(case.frames, case.tokens, TEXT), case.remat)
     more: dict[str, Any] = {"dtype": "bfloat16", "remat": case.remat, "tokens_per_frame": case.tokens}
     more |= {"frames": case.frames, "text_tokens": TEXT, "target": case.target}
     kinds = {"aot_memory": "total_bytes", "aot_flops": "flops", "aot_collectives": "collective_bytes"}
@@ -222,9 +222,7 @@ def compile_step(case: Case, policy: str, effort: float) -> dict[str, Any]:
     frozen, state = abstract_state(config, trained_groups(options), optimizer, mesh)
     hbm = target.hbm_gib * 2**30
     said: dict[str, Any] = {"hbm_bytes": hbm, "chips": target.chips, "effort": effort}
-    kept = kept_counts(config.policy, case.tokens)
-    labels = case.frames + TEXT // 2
-    work = step_flops(config.llama, kept, case.frames, TEXT, RANK, case.remat, labels=labels)
+    work = flops_of_step(config, Stream(case.frames, case.tokens, TEXT), labels=case.frames + TEXT // 2)
     said["flops"] = work * case.rows / target.chips
 
     began = time.perf_counter()

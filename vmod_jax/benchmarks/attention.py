@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     dtype = DTYPES[args.dtype]
     backend = choose(args.backend, args.heads, args.kv_heads, args.width, dtype)
+    seconds = 60 if args.quick else float("inf")
     rows = []
     for size in args.sizes or (SIZES[:2] if args.quick else SIZES):
         for what, functions in contenders(args, size, dtype, backend).items():
             outs = {name: function() for name, function in functions.items()}
-            seconds = 60 if args.quick else float("inf")
             times = interleave(functions, args.rounds, seconds=seconds, about=f"{size} {what}")
             apart = max(map(_apart, jax.tree.leaves(outs[backend]), jax.tree.leaves(outs["reference"])))
             for name in functions:

@@ -28,16 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     args.layers = 1
+    seconds = 90 if args.quick else float("inf")
     rows = []
     for stream in args.streams or [read_stream(text) for text in (QUICK if args.quick else STREAMS)]:
         config = make_config(args, "all", stream.tokens)
-        size = f"{stream.tokens}x{stream.frames}+{stream.text}"
         for what, functions in contenders(config, stream).items():
-            seconds = 90 if args.quick else float("inf")
-            times = interleave(functions, args.rounds, warm_up=2, seconds=seconds, about=f"{size} {what}")
+            times = interleave(functions, args.rounds, warm_up=2, seconds=seconds, about=f"{stream} {what}")
             rows.append(
                 row(
-                    f"{size} {what} routing/layer", "routing", **pair(times["routing"], times["layer"]),
+                    f"{stream} {what} routing/layer", "routing", **pair(times["routing"], times["layer"]),
                     dtype=config.dtype, remat=config.remat if what == "gradient" else None, **stream.row_keys(),
                 )
             )  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 
 from vmod_jax.data.conversation import IGNORE
 from vmod_jax.models.depth import make_policy
-from vmod_jax.models.flops import formula_ratio, kept_counts
+from vmod_jax.models.flops import formula_ratio, kept_counts, step_flops
 from vmod_jax.models.llama import REMAT, LlamaConfig, LoraConfig
 from vmod_jax.models.video_lm import DTYPES, VideoLMConfig, init_params
 
@@ -25,6 +25,10 @@ class Stream:
     @property
     def size(self) -> int:
         return self.frames * self.tokens + self.text
+
+    def __str__(self) -> str:
+        """As --streams takes it: tokens a frame x frames + text tokens."""
+        return f"{self.tokens}x{self.frames}+{self.text}"
 
     def row_keys(self) -> dict[str, int]:
         """As a row of results names them."""
@@ -134,3 +138,9 @@ def ratio_of_formula(config: VideoLMConfig, stream: Stream, passes: str) -> floa
     """The formula's ratio of this model under its policy to the full one; passes: "forward" or a rematerialisation."""
     kept = kept_counts(config.policy, stream.tokens)
     return formula_ratio(config.llama, kept, stream.frames, stream.tokens, stream.text, config.lora.rank, passes)
+
+
+def flops_of_step(config: VideoLMConfig, stream: Stream, labels: int) -> float:
+    """FLOPs that a step does by the formula: what it computes again and the head included, the connector left out."""
+    kept = kept_counts(config.policy, stream.tokens)
+    return step_flops(config.llama, kept, stream.frames, stream.text, config.lora.rank, config.remat, labels=labels)

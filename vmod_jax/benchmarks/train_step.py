@@ -23,6 +23,7 @@ from vmod_jax.benchmarks.peer import Peer, available
 from vmod_jax.benchmarks.setup import (
     Stream,
     add_model_arguments,
+    flops_of_step,
     make_batch,
     make_config,
     make_params,
@@ -30,7 +31,7 @@ from vmod_jax.benchmarks.setup import (
 )
 from vmod_jax.errors import UserError
 from vmod_jax.models.depth import FULL, segments
-from vmod_jax.models.flops import kept_counts, step_flops
+from vmod_jax.models.flops import kept_counts
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig
 from vmod_jax.train import State, make_loss, make_step
 from vmod_jax.training import config as configuration
@@ -123,16 +124,10 @@ class MatrixProducts:
         x, up, down = (
             jax.random.normal(key, size, dtype) * size[0] ** -0.5 for key, size in zip(keys, sizes, strict=True)
         )
-        turns = max(1, llama.num_hidden_layers // 4)  # about a tenth of a step
+        turns = max(1, llama.num_hidden_layers // 4)  # little beside a step
         self.flops = turns * 4 * tokens * d * hidden
         products = jax.jit(lambda x, up, down: lax.fori_loop(0, turns, lambda _, x: (x @ up) @ down, x))
         self.run = lambda: jax.block_until_ready(products(x, up, down))
-
-
-def flops_of_step(config: VideoLMConfig, stream: Stream, labels: int) -> float:
-    """FLOPs that a step does by the formula: what it computes again and the head included, the connector left out."""
-    kept = kept_counts(config.policy, stream.tokens)
-    return step_flops(config.llama, kept, stream.frames, stream.text, config.lora.rank, config.remat, labels=labels)
 
 
 def bytes_in_units_of(config: VideoLMConfig, dense: VideoLMConfig, params: Any, batch: dict[str, np.ndarray]) -> int:
@@ -176,56 +171,54 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[
     contenders: dict[str, Callable[[], Any]] = {name: step.step for name, step in steps.items()}
     losses = {name: step.forward() for name, step in steps.items()}
     same_bits = {name: step.repeats() for name, step in steps.items()}
-    size = f"{stream.tokens}x{stream.frames}+{stream.text}"
     seconds = 80 if args.quick else float("inf")
     forwards = {name: step.forward for name, step in steps.items()}
-    forward = interleave(forwards, args.rounds, seconds=seconds, about=f"{size} forward")
+    forward = interleave(forwards, args.rounds, seconds=seconds, about=f"{stream} forward")
     products = MatrixProducts(dense, stream.size)
-    both = contenders | {"products": products.run}
-    times = interleave(both, args.rounds, seconds=seconds, about=f"{size} train step")
+    beside_products = contenders | {"products": products.run}
+    times = interleave(beside_products, args.rounds, seconds=seconds, about=f"{stream} train step")
     peer, beside = None, {}
     if with_peer:  # afterwards, in fewer rounds: the two above lie closer together
         peer = Peer(dense, params, training=True)
         placed = peer.place(batch)
         losses["peer"] = peer.step(placed)
         contenders["peer"] = lambda: peer.step(placed)
-        beside = interleave(contenders, min(args.rounds, 3), seconds=seconds, about=f"{size} beside PyTorch")
+        beside = interleave(contenders, min(args.rounds, 3), seconds=seconds, about=f"{stream} beside PyTorch")
 
     common: dict[str, Any] = {"dtype": config.dtype, "tokens": stream.size} | stream.row_keys()
     mib = {name: step.temporary_bytes / 2**20 for name, step in steps.items()}
     dense_units = bytes_in_units_of(config, dense, params, batch) / 2**20
     carried = {name: step.carried_bytes / 2**20 for name, step in steps.items()}
 
-    def limit(name: str, flops: float, seconds: list[float]) -> dict[str, Any]:
+    def limit(name: str, about: str, model: VideoLMConfig) -> dict[str, Any]:
         """A step over the seconds of its FLOPs at the rate of the products beside it: 2 is half of that rate."""
-        at_their_rate = [each * flops / products.flops for each in times["products"]]
-        measured = pair(seconds, at_their_rate)
+        flops = flops_of_step(model, stream, batch["label"].size)
+        measured = pair(times[name], [each * flops / products.flops for each in times["products"]])
         rate = flops / measured["baseline"] / 1e12
-        return row(name, "limit", **measured, matmul_tflops=rate, remat=config.remat, **common)
+        named = f"{stream} {about}/matrix products"
+        return row(named, "limit", **measured, matmul_tflops=rate, remat=config.remat, **common)
 
     rows = [
         row(
-            f"{size} forward MoD/full", "forward", **pair(forward["mod"], forward["full"]),
+            f"{stream} forward MoD/full", "forward", **pair(forward["mod"], forward["full"]),
             formula_ratio=ratio_of_formula(config, stream, "forward"), **common,
         ),
         row(
-            f"{size} train step MoD/full", "train_step", **pair(times["mod"], times["full"]),
+            f"{stream} train step MoD/full", "train_step", **pair(times["mod"], times["full"]),
             formula_ratio=ratio_of_formula(config, stream, config.remat), remat=config.remat, **common,
         ),
-        *(
-            limit(f"{size} {about}/matrix products", flops_of_step(model, stream, batch["label"].size), times[name])
-            for name, about, model in (("full", "dense", dense), ("mod", "MoD", config))
-        ),
+        limit("full", "dense", dense),
+        limit("mod", "MoD", config),
         row(
-            f"{size} carried MoD/full", "carried", carried["mod"], carried["full"],
+            f"{stream} carried MoD/full", "carried", carried["mod"], carried["full"],
             formula_ratio=carried_ratio(config, stream), remat=config.remat, **common,
         ),
         row(
-            f"{size} memory MoD/full", "memory", mib["mod"], mib["full"],
+            f"{stream} memory MoD/full", "memory", mib["mod"], mib["full"],
             formula_ratio=carried_ratio(config, stream), remat=config.remat, **common,
         ),
         row(
-            f"{size} memory MoD/full in the same units", "memory_same_units", mib["mod"], dense_units,
+            f"{stream} memory MoD/full in the same units", "memory_same_units", mib["mod"], dense_units,
             formula_ratio=carried_ratio(config, stream), remat=config.remat, **common,
         ),
     ]  # fmt: skip
@@ -233,5 +226,7 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[
         for name, about in (("full", "dense"), ("mod", "MoD")):
             # PyTorch's checkpoints compute attention again; they are what its users have.
             extra: dict[str, Any] = {"peer": f"PyTorch, {peer.attention} attention, dense", "remat": config.remat}
-            rows.append(row(f"{size} {about}/PyTorch", "peer", **pair(beside[name], beside["peer"]), **common, **extra))
-    return rows, {"stream": size, "losses": losses, "bit_equal": same_bits}
+            rows.append(
+                row(f"{stream} {about}/PyTorch", "peer", **pair(beside[name], beside["peer"]), **common, **extra)
+            )
+    return rows, {"stream": str(stream), "losses": losses, "bit_equal": same_bits}
