@@ -21,7 +21,7 @@ from vmod_jax.data.pipeline import make_buckets, open_streams
 from vmod_jax.errors import ArgumentParser
 from vmod_jax.evaluate import evaluate, print_scores
 from vmod_jax.lm import LanguageModel, load
-from vmod_jax.models.flops import kept_counts, linear_flops
+from vmod_jax.models.flops import linear_flops
 from vmod_jax.report import write_report
 from vmod_jax.stream import Streamed, stream_video
 from vmod_jax.streaming.session import Turn
@@ -161,8 +161,7 @@ def stream_flops(lm: LanguageModel, config: Any) -> int:
     c = lm.config
     streams = open_streams(config.data, "train", config.model.vision.image_size)
     (bucket,) = make_buckets((), streams, lm.fmt, config.data.max_frames)
-    kept, n = kept_counts(c.policy, c.tokens_per_frame), c.tokens_per_frame
-    return linear_flops(c.llama, kept, bucket.frames, n, bucket.text, c.lora.rank)
+    return linear_flops(c.llama, c.kept, bucket.frames, c.tokens_per_frame, bucket.text, c.lora.rank)
 
 
 def truth(root: Path, name: str) -> list[dict[str, Any]]:

@@ -42,15 +42,15 @@ class LanguageModel:
 
     @cached_property
     def merged(self) -> "LanguageModel":
-        """The same model with LoRA merged into its weights, which streams run on; itself where it has none."""
-        if not self.config.lora.rank:
-            return self
-        return LanguageModel(*inference.merge_lora(self.config, self.params), self.tokenizer)
+        """The same model as streams run on it: LoRA merged into its weights, each layer's arrays its own."""
+        config, params = inference.merge_lora(self.config, self.params)
+        return LanguageModel(config, inference.unstack(params), self.tokenizer)
 
     @cached_property
     def int8(self) -> "LanguageModel":
-        """The model with decoder weights of 8 bits and LoRA merged: for streams and logits; `save` refuses it."""
-        return LanguageModel(*inference.to_int8(self.config, self.params), self.tokenizer)
+        """As `merged`, with decoder weights of 8 bits: for streams and logits; `save` refuses it."""
+        config, params = inference.to_int8(self.config, self.params)
+        return LanguageModel(config, inference.unstack(params), self.tokenizer)
 
     @cached_property
     def _programs(self) -> Programs:
@@ -116,10 +116,11 @@ class LanguageModel:
         path = Path(path)
         if (path / "model.json").exists():
             raise UserError(f"{path} already holds a model: name another folder")
-        if "scale" in self.params["llama"]["layers"]["q"]:
+        params = inference.stack(self.params)
+        if "scale" in params["llama"]["layers"]["q"]:
             raise UserError("weights of 8 bits are made from a loaded model and not saved: save that model")
         workdir.write(path, self.config, self.tokenizer)
-        save_params(path, self.params)
+        save_params(path, params)
 
 
 def load(

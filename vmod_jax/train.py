@@ -25,7 +25,7 @@ from vmod_jax.data.pipeline import batches, cache_folder, make_buckets, open_str
 from vmod_jax.errors import UserError
 from vmod_jax.models.context import Beginning, over_context
 from vmod_jax.models.depth import doublings_at, loosened
-from vmod_jax.models.flops import kept_counts, step_flops
+from vmod_jax.models.flops import step_flops
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params, num_params
 from vmod_jax.training import config as configuration
 from vmod_jax.training import objective, processes
@@ -377,9 +377,8 @@ def mean_loss(batches: Iterable[tuple[jax.Array, jax.Array]]) -> float:
 def batch_flops(batch: dict[str, jax.Array], config: VideoLMConfig, train_base: bool) -> float:
     """What a step on this batch needs, recomputation, connector and vision tower not counted."""
     (rows, size), frames, n = batch["input_ids"].shape, batch["frames"].shape[1], config.tokens_per_frame
-    kept, labels = kept_counts(config.policy, n), batch["label"].shape[1]
-    text = size - n * frames
-    return rows * step_flops(config.llama, kept, frames, text, config.lora.rank, "none", train_base, labels)
+    text, labels = size - n * frames, batch["label"].shape[1]
+    return rows * step_flops(config.llama, config.kept, frames, text, config.lora.rank, "none", train_base, labels)
 
 
 # --- the state --------------------------------------------------------------------------------------------------------

@@ -86,15 +86,15 @@ def test_bfloat16_leaves_as_bfloat16_and_is_summed_in_float32():
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_a_chunk_against_a_cache_is_the_end_of_the_whole(chunk):
     """Two rows with 0 and 1034 slots in use (more than one tile), the rest of the cache full of large numbers."""
-    slots, used, layer = 1100, np.array([0, 1034]), 1
+    slots, used = 1100, np.array([0, 1034])
     rng = np.random.default_rng(4)
     whole = draw(rng, slots, slots)
     parts = [jnp.stack([x[b, used[b] : used[b] + chunk] for b in range(B)]) for x in whole]
     there = np.arange(slots) < used[:, None]
-    caches = [jnp.full((3, *x.shape), 1e4).at[layer].set(jnp.where(there[..., None, None], x, 1e4)) for x in whole[1:]]
+    caches = [jnp.where(there[..., None, None], x, 1e4) for x in whole[1:]]
     expected = [attend(*(x[b : b + 1] for x in whole), *2 * [jnp.arange(slots)[None]])[0] for b in range(B)]
     for backend in ("reference", "blocked"):
-        got = jax.jit(functools.partial(cache_attention, backend=backend))(*parts, *caches, layer, jnp.asarray(used))
+        got = jax.jit(functools.partial(cache_attention, backend=backend))(*parts, *caches, jnp.asarray(used))
         for b in range(B):
             np.testing.assert_allclose(got[b], expected[b][used[b] : used[b] + chunk], atol=1e-6)
 
@@ -150,7 +150,7 @@ def test_a_kernel_that_is_wrong_is_left_out_with_one_warning(on_a_gpu, caplog, k
 
 
 def blocked_against(q, k, v, cache_k, cache_v, used):
-    return cache_attention(q, k, v, cache_k[None], cache_v[None], 0, used, "blocked")
+    return cache_attention(q, k, v, cache_k, cache_v, used, "blocked")
 
 
 def test_a_kernel_that_is_right_is_used(on_a_gpu, caplog):

@@ -3,7 +3,7 @@
 import pytest
 
 from vmod_jax.models import flops
-from vmod_jax.models.depth import FULL, LayerSpec, make_policy
+from vmod_jax.models.depth import FULL, LayerSpec, kept_counts, make_policy
 from vmod_jax.models.flops import LLAMA_3_8B
 from vmod_jax.models.llama import LlamaConfig
 
@@ -11,7 +11,7 @@ LORA = 128
 
 
 def policy_tflops(name, keep):
-    kept = flops.kept_counts(make_policy(name, 32, keep), 10)
+    kept = kept_counts(make_policy(name, 32, keep), 10)
     return flops.linear_flops(LLAMA_3_8B, kept, frames=600, tokens_per_frame=10, text_tokens=146, lora_rank=LORA) / 1e12
 
 
@@ -43,8 +43,8 @@ def test_macs_of_llama_3_8b():
 
 def test_kept_counts_are_per_layer():
     policy = (FULL, LayerSpec(0.2, "learned"), LayerSpec(0.3, "uniform"), LayerSpec(0.0), LayerSpec(1.0, "random"))
-    assert flops.kept_counts(policy, 10) == (10, 2, 3, 0, 10)
-    assert flops.kept_counts(policy, 50) == (50, 10, 15, 0, 50)
+    assert kept_counts(policy, 10) == (10, 2, 3, 0, 10)
+    assert kept_counts(policy, 50) == (50, 10, 15, 0, 50)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_kept_counts_are_per_layer():
     ],
 )
 def test_limits_under_full_remat(n, frames, ratio, full_seconds, mod_seconds):
-    kept = flops.kept_counts(make_policy("interleaved", 32), n)
+    kept = kept_counts(make_policy("interleaved", 32), n)
     assert flops.formula_ratio(LLAMA_3_8B, kept, frames, n, 2000, LORA, "full") == pytest.approx(ratio, abs=5e-4)
     for counts, seconds in (([n] * 32, full_seconds), (kept, mod_seconds)):
         work = flops.step_flops(LLAMA_3_8B, counts, frames, 2000, LORA, "full")
@@ -68,7 +68,7 @@ def test_limits_under_full_remat(n, frames, ratio, full_seconds, mod_seconds):
 
 @pytest.mark.parametrize(("n", "ratio"), [(10, 0.683), (50, 0.588)])
 def test_limits_with_attention_kept(n, ratio):
-    kept = flops.kept_counts(make_policy("interleaved", 32), n)
+    kept = kept_counts(make_policy("interleaved", 32), n)
     assert flops.formula_ratio(LLAMA_3_8B, kept, 600, n, 2000, LORA, "attention") == pytest.approx(ratio, abs=5e-4)
 
 

@@ -122,8 +122,8 @@ def test_gradient_of_what_is_trained(tokens, vision):
 def test_the_cache_of_a_stream():
     """Bytes at 1200 frames x 10 tokens: 16 full layers hold every token, 16 routed ones text and 2 of 10."""
     config = make_config()
-    assert cache_slots(config, FRAMES, 1024) == [1024 + 2 * FRAMES, 1024 + 10 * FRAMES]
+    assert cache_slots(config, FRAMES, 1024) == 16 * [1024 + 10 * FRAMES, 1024 + 2 * FRAMES]
     cache = jax.eval_shape(lambda: make_cache(config, FRAMES, 1024))
-    held = sum(x.size * x.dtype.itemsize for stack in cache.stacks for x in (stack.key, stack.value))
+    held = sum(x.size * x.dtype.itemsize for layer in cache.layers for x in (layer.key, layer.value))
     full = 2 * 2 * 32 * 8 * 128 * (1024 + 10 * FRAMES)
     assert held == full * (1024 + 2 * FRAMES + 1024 + 10 * FRAMES) / (2 * (1024 + 10 * FRAMES))

@@ -1,4 +1,4 @@
-"""LoRA merged and weights of 8 bits, as streams use them."""
+"""LoRA merged, weights of 8 bits and layers with arrays of their own, as streams use them."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import VOCAB, draw_row, make_config, make_params
 
-from vmod_jax.models.inference import merge_lora, to_int8
+from vmod_jax.models.inference import merge_lora, stack, to_int8, unstack
 from vmod_jax.models.video_lm import VideoLM
 
 
@@ -31,6 +31,28 @@ def test_merged_is_the_same_model(tied):
     without["llama"]["layers"]["q"]["lora_b"] *= 0
     assert np.abs(logits(*merge_lora(config, without), ids, features) - expected).max() > 1e-3  # adapters do matter
     assert merge_lora(*merged) == merged
+
+
+@pytest.mark.parametrize("change", [lambda *model: model, merge_lora, to_int8])
+def test_layers_with_arrays_of_their_own_are_the_same_model(change):
+    config, params = change(make_config(), make_params(make_config()))
+    apart = unstack(params)
+    assert "layers" not in apart["llama"]
+    assert {leaf.shape for leaf in jax.tree.leaves([layer["q"] for layer in apart["llama"]["unstacked"]])} == {
+        leaf.shape[1:] for leaf in jax.tree.leaves(params["llama"]["layers"]["q"])
+    }
+    assert unstack(apart) is apart
+    jax.tree.map(np.testing.assert_array_equal, stack(apart), params)
+    jax.tree.map(np.testing.assert_array_equal, stack(params), params)
+    _, ids, features, _ = draw_row(config, params, seed=1)
+    np.testing.assert_allclose(logits(config, apart, ids, features), logits(config, params, ids, features), atol=1e-5)
+
+
+def test_one_router_for_all_layers_survives_being_unstacked():
+    config = dataclasses.replace(make_config(), shared_router=True)
+    params = make_params(config)
+    _, ids, features, expected = draw_row(config, params, seed=1)
+    np.testing.assert_allclose(logits(config, unstack(params), ids, features), expected, atol=1e-5)
 
 
 def test_int8_weights_are_within_half_a_step():

@@ -360,7 +360,7 @@ def seen(lm):
         return call
 
     for name in calls:
-        setattr(lm._programs, name, listening(name, getattr(lm._programs, name)))
+        setattr(lm.merged._programs, name, listening(name, getattr(lm.merged._programs, name)))
     return calls
 
 
@@ -391,7 +391,7 @@ def streamed(lm, seen):
     compiles = []
     for frame in frames:
         session.push(frame)
-        compiles.append(dict(lm._programs.compiles))
+        compiles.append(dict(lm.merged._programs.compiles))
     return session, frames, np.array(logits), announced, compiles
 
 
@@ -429,9 +429,9 @@ def test_one_compile_for_each_chunk_and_capacity(lm, streamed, seen):
     again = lm.stream(max_frames=80, max_reply=3)
     for frame in draw_frames(12):
         again.push(frame)
-    assert lm._programs.compiles == compiles[-1]
+    assert lm.merged._programs.compiles == compiles[-1]
     again.ask("Q" * 40, 0.0)
-    assert lm._programs.compiles == {name: len(shapes) for name, shapes in seen.items()} != compiles[-1]
+    assert lm.merged._programs.compiles == {name: len(shapes) for name, shapes in seen.items()} != compiles[-1]
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1])
@@ -457,7 +457,7 @@ def test_forgetting_frames_forgets_all_of_them(lm):
     frames, opening = draw_frames(6, seed=4), fmt.tokenize(fmt.opening("W") + fmt.open_stream)
 
     def feed(forget):
-        engine = Engine(lm._programs, lm.params, max_frames=80)
+        engine = Engine(lm.merged._programs, lm.merged.params, max_frames=80)
         if forget:
             engine.feed_frames(opening, frames[:5], fmt.interval_ids, 5)
             engine.forget_frames(3, fmt.interval_ids)

@@ -77,7 +77,7 @@ def contenders(args: argparse.Namespace, size: int, dtype: Any, backend: str) ->
         cached = jax.jit(functools.partial(cache_attention, backend=name))
         out["forward"][name] = lambda f=forward: ready(f(q, k, v))
         out["gradient"][name] = lambda f=gradient: ready(f(q, k, v))
-        against = q[:, chunk], k[:, chunk], v[:, chunk], k[None], v[None], 0, used
+        against = q[:, chunk], k[:, chunk], v[:, chunk], k, v, used
         out["against a cache"][name] = lambda f=cached, x=against: ready(f(*x))
     if available() and not args.no_peer:
         for what, function in _torch(args, (q, k, v)).items():

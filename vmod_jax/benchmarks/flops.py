@@ -8,7 +8,7 @@ from typing import Any
 from vmod_jax.bench import print_table, row
 from vmod_jax.errors import UserError
 from vmod_jax.models import flops
-from vmod_jax.models.depth import POLICIES, make_policy
+from vmod_jax.models.depth import POLICIES, kept_counts, make_policy
 from vmod_jax.models.llama import LlamaConfig
 
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     stream = (args.frames, args.tokens, args.text, args.lora)
     layers = config.num_hidden_layers
-    kept = {name: flops.kept_counts(make_policy(name, layers, args.keep), args.tokens) for name in POLICIES}
+    kept = {name: kept_counts(make_policy(name, layers, args.keep), args.tokens) for name in POLICIES}
     tflops = {name: flops.linear_flops(config, counts, *stream) / 1e12 for name, counts in kept.items()}
     rows = [
         row(

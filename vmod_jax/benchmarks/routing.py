@@ -50,7 +50,7 @@ def contenders(config: VideoLMConfig, stream: Stream) -> dict[str, dict[str, Any
     batch = make_batch(config, stream)
     x = jax.random.normal(jax.random.key(0), (1, stream.size, config.llama.hidden_size), DTYPES[config.dtype])
     ids, length = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["length"])
-    (spec,), k = config.policy, config.cache_kinds[0]
+    (spec,), k = config.policy, config.kept[0]
 
     # What is found once for all layers is given to both.
     layout = find_frames(ids, length, config.frame_token_id, stream.tokens, stream.frames)

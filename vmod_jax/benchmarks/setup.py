@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from vmod_jax.data.conversation import IGNORE
-from vmod_jax.models.depth import make_policy
-from vmod_jax.models.flops import formula_ratio, kept_counts, step_flops
+from vmod_jax.models.depth import kept_counts, make_policy
+from vmod_jax.models.flops import formula_ratio, step_flops
 from vmod_jax.models.llama import REMAT, LlamaConfig, LoraConfig
 from vmod_jax.models.video_lm import DTYPES, VideoLMConfig, init_params
 

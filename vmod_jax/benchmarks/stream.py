@@ -16,7 +16,7 @@ from vmod_jax.bench import interleave, pair, print_table, row
 from vmod_jax.benchmarks.peer import Peer
 from vmod_jax.benchmarks.setup import Stream, add_model_arguments, make_config, make_params
 from vmod_jax.benchmarks.train_step import carried_ratio
-from vmod_jax.models.inference import merge_lora, to_int8
+from vmod_jax.models.inference import merge_lora, to_int8, unstack
 from vmod_jax.models.video_lm import VideoLMConfig
 from vmod_jax.streaming.engine import Engine, Programs
 
@@ -38,7 +38,7 @@ class Ours:
 
     def __init__(self, config: VideoLMConfig, params: Any, width: int, frames: int):
         self.width = width
-        self.engine = Engine(Programs(config), params, frames, first_frames=frames, first_text=frames + 64)
+        self.engine = Engine(Programs(config), unstack(params), frames, first_frames=frames, first_text=frames + 64)
 
     def show(self, frames: np.ndarray) -> np.ndarray:
         logits = []

@@ -30,8 +30,7 @@ from vmod_jax.benchmarks.setup import (
     ratio_of_formula,
 )
 from vmod_jax.errors import UserError
-from vmod_jax.models.depth import FULL, segments
-from vmod_jax.models.flops import kept_counts
+from vmod_jax.models.depth import FULL, kept_counts, segments
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig
 from vmod_jax.train import State, make_loss, make_step
 from vmod_jax.training import config as configuration

@@ -85,25 +85,25 @@ def causal_attention(q: Array, k: Array, v: Array, backend: str = "auto") -> Arr
 
 
 def cache_attention(
-    q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array, layer: Array | int, used: Array, backend: str = "auto"
+    q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array, used: Array, backend: str = "auto"
 ) -> Array:
     """Attention of a chunk to what a cache holds and, causally, to itself. Inference only: it has no gradient.
 
-    q: [B, C, H, h]; k, v: [B, C, K, h]; cache_k, cache_v: [layers, B, S, K, h], of which `layer`'s first
-    `used: i32[B]` slots count -> [B, C, H, h] in q's dtype.
+    q: [B, C, H, h]; k, v: [B, C, K, h]; cache_k, cache_v: [B, S, K, h], of which the first `used: i32[B]` slots count
+    -> [B, C, H, h] in q's dtype.
     """
     batch, size, heads, width = q.shape
-    chex.assert_shape([cache_k, cache_v], (None, batch, None, k.shape[2], width))
+    chex.assert_shape([cache_k, cache_v], (batch, None, k.shape[2], width))
     name = choose(backend, heads, k.shape[2], width, q.dtype)
     if name == "reference":
-        slots = jnp.arange(cache_k.shape[2])
+        slots = jnp.arange(cache_k.shape[1])
         before = jnp.where(slots < used[:, None], slots, NEVER)
         after = used[:, None] + jnp.arange(size)
-        keys, values = (jnp.concatenate([stack[layer], x], 1) for stack, x in ((cache_k, k), (cache_v, v)))
+        keys, values = (jnp.concatenate([held, x], 1) for held, x in ((cache_k, k), (cache_v, v)))
         return attend(q, keys, values, after, jnp.concatenate([before, after], 1))
     if name == "cudnn":
-        return _cudnn_cache(q, k, v, cache_k[layer], cache_v[layer], used)
-    return _blocked_cache(q, k, v, cache_k, cache_v, layer, used)
+        return _cudnn_cache(q, k, v, cache_k, cache_v, used)
+    return _blocked_cache(q, k, v, cache_k, cache_v, used)
 
 
 # --- blocked ----------------------------------------------------------------------------------------------------------
@@ -266,10 +266,10 @@ def chunk_attention(q: Array, k: Array, v: Array, number: Array, there: Array, b
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, parts, padded, heads, width)[:, :, :size]
 
 
-def _blocked_cache(q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array, layer, used: Array) -> Array:
+def _blocked_cache(q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array, used: Array) -> Array:
     """Only slots in use are read: the number of tiles is that of the batch's longest stream, not of the cache."""
     batch, size, heads, width = q.shape
-    groups, slots = heads // k.shape[2], cache_k.shape[2]
+    groups, slots = heads // k.shape[2], cache_k.shape[1]
     block = min(CACHE_BLOCK, slots)
     rows = _group(q, k.shape[2]).reshape(batch, k.shape[2], groups * size, width)
     logits = _dot("bkth,bskh->bkts", rows, k)
@@ -279,13 +279,11 @@ def _blocked_cache(q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array,
     def tile(j, state):
         start = jnp.minimum(j * block, slots - block)  # the last tile overlaps the one before
 
-        def take(stack):
-            return lax.dynamic_slice(stack, (layer, 0, start, 0, 0), (1, batch, block, *k.shape[2:]))[0]
-
+        keys, values = (lax.dynamic_slice_in_dim(held, start, block, 1) for held in (cache_k, cache_v))
         slot = start + jnp.arange(block)
         seen = (slot >= j * block) & (slot < used[:, None])
-        logits = jnp.where(seen[:, None, None], _dot("bkth,bskh->bkts", rows, take(cache_k)), _HIDDEN)
-        return _online(state, logits, take(cache_v).transpose(0, 2, 1, 3))
+        logits = jnp.where(seen[:, None, None], _dot("bkth,bskh->bkts", rows, keys), _HIDDEN)
+        return _online(state, logits, values.transpose(0, 2, 1, 3))
 
     _, total, out = lax.fori_loop(0, -(-jnp.max(used) // block), tile, state)
     out = (out / total[..., None]).reshape(batch, k.shape[2], groups, size, width)
@@ -400,7 +398,7 @@ def _apart(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> d
         against = lambda attention, *x: attention(*(y[:, :chunk] for y in x), *x[1:], used)  # noqa: E731
         got["cache"] = jax.jit(functools.partial(against, _cudnn_cache))(q, k, v)
         plain = lambda q, k, v, cache_k, cache_v, used: cache_attention(  # noqa: E731
-            q, k, v, cache_k[None], cache_v[None], 0, used, "reference"
+            q, k, v, cache_k, cache_v, used, "reference"
         )
         exact["cache"] = against(plain, *(x.astype(jnp.float32) for x in (q, k, v)))
     norm = lambda x: float(jnp.linalg.norm(x.astype(jnp.float32)))  # noqa: E731

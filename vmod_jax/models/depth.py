@@ -55,6 +55,11 @@ def num_kept(n: int, keep: float | Fraction) -> int:
     return max(1, n - 1 - math.floor((1 - r) * (n - 1)))
 
 
+def kept_counts(policy: Policy, n: int) -> tuple[int, ...]:
+    """Tokens of a frame of `n` that each layer computes."""
+    return tuple(num_kept(n, spec.keep) for spec in policy)
+
+
 def default_deep(num_layers: int) -> int:
     """The layer from which `early_exit` and the deep variants begin: 2 of 32 in the paper, scaled to other depths."""
     return max(1, num_layers // 16)

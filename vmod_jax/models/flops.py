@@ -7,7 +7,6 @@ rematerialisation included: the measure for MFU and for the ratio that a speed-u
 
 from collections.abc import Sequence
 
-from vmod_jax.models.depth import Policy, num_kept
 from vmod_jax.models.llama import LlamaConfig
 
 LLAMA_3_8B = LlamaConfig(
@@ -39,18 +38,13 @@ def lora_macs(linears: Sequence[tuple[int, int]], rank: int) -> int:
     return sum(rank * (a + b) for a, b in linears)
 
 
-def kept_counts(policy: Policy, tokens_per_frame: int) -> tuple[int, ...]:
-    """Tokens of each frame that each layer computes."""
-    return tuple(num_kept(tokens_per_frame, spec.keep) for spec in policy)
-
-
 def linear_flops(
     config: LlamaConfig, kept: Sequence[int], frames: int, tokens_per_frame: int, text_tokens: int, lora_rank: int
 ) -> int:
     """FLOPs of a forward pass as the paper counts them (tables 1 and 3): multiply-accumulates of linear layers.
 
     Attention scores, embedding, connector and vision tower are left out; the head runs at every position. `kept` holds
-    the tokens a frame that each layer computes (`kept_counts`); text goes through every layer.
+    the tokens a frame that each layer computes (`depth.kept_counts`); text goes through every layer.
     """
     layer, head = layer_linears(config), ((config.hidden_size, config.vocab_size),)
     layer_macs = weight_macs(layer) + lora_macs(layer, lora_rank)

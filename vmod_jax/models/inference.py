@@ -1,4 +1,5 @@
-"""Parameters as a stream wants them, which reads every weight for every frame: LoRA merged, weights of 8 bits."""
+"""Parameters as a stream wants them, which reads every weight for every frame: LoRA merged, weights of 8 bits, every
+layer's arrays its own."""
 
 import dataclasses
 from typing import Any
@@ -36,6 +37,32 @@ def to_int8(config: VideoLMConfig, params: Any) -> tuple[VideoLMConfig, Any]:
     """
     config, params = merge_lora(config, params)
     return config, _linears(params, _quantized)
+
+
+def unstack(params: Any) -> Any:
+    """The same parameters with arrays of their own for every layer: `layers`, leaves [L, ...], -> a tuple `unstacked`.
+
+    What is computed is the same. A frame's few tokens are soon done with a layer's weights, and copying them out of the
+    stack, as XLA does on CPUs and GPUs before a layer reads them, would take longer than reading them.
+    """
+    llama = dict(params["llama"])
+    if "unstacked" in llama:
+        return params
+    leaves, tree = jax.tree.flatten(llama.pop("layers"))
+    each = zip(*map(_split, leaves), strict=True)
+    llama["unstacked"] = tuple(jax.tree.unflatten(tree, layer) for layer in each)
+    return {**params, "llama": llama}
+
+
+def stack(params: Any) -> Any:
+    """What `unstack` was given."""
+    llama = dict(params["llama"])
+    if "unstacked" in llama:
+        llama["layers"] = jax.tree.map(lambda *layers: jnp.stack(layers), *llama.pop("unstacked"))
+    return {**params, "llama": llama}
+
+
+_split = jax.jit(jnp.unstack)
 
 
 def _linears(params: Any, change: Any) -> Any:

@@ -1,7 +1,8 @@
 """Llama: configuration from Hugging Face, parameters, and its layers as plain functions under a depth policy.
 
 Parameters of all layers are stacked, one array a tensor whatever the policy, `layers/q/kernel: [L, d, H * h]`: a
-checkpoint does not know under which policy it will run. The layers run as one `lax.scan` a segment of the policy.
+checkpoint does not know under which policy it will run. Whole sequences go through the layers in one `lax.scan` a
+segment of the policy; chunks of a stream through one layer after another (`_run_one_by_one`).
 """
 
 import dataclasses
@@ -19,8 +20,8 @@ from jax import Array, lax
 from vmod_jax.errors import UserError
 from vmod_jax.models import context, kv_cache, layer_expert
 from vmod_jax.models.attention import NEVER, cache_attention, causal_attention, kept_by_remat
-from vmod_jax.models.depth import LayerSpec, Policy, Segment, num_kept, segments
-from vmod_jax.models.kv_cache import Cache
+from vmod_jax.models.depth import LayerSpec, Policy, Segment, kept_counts, num_kept, segments
+from vmod_jax.models.kv_cache import Cache, LayerCache
 from vmod_jax.models.layout import Layout, Slots, add_rows, by_frame, compact, compaction_slots, take_frames, take_rows
 from vmod_jax.models.placement import by_rows, on_rows
 
@@ -231,9 +232,9 @@ class Llama(nn.Module):
         """[V, d]"""
         return self.embed()["embedding"]
 
-    def stacked_layers(self) -> dict[str, dict[str, Array]]:
-        """Every leaf has a leading axis of layers."""
-        layers = self.layers()
+    def layer_params(self) -> dict[str, dict[str, Array]] | tuple[dict[str, dict[str, Array]], ...]:
+        """Of all layers: every leaf with a leading axis of layers or, where they are kept so, a tuple of each one's."""
+        layers = self.get_variable("params", "unstacked") if self.has_variable("params", "unstacked") else self.layers()
         return share_router(layers) if self.shared_router else layers
 
     def logits(self, hidden: Array) -> Array:
@@ -248,12 +249,14 @@ class Llama(nn.Module):
 # --- plain functions --------------------------------------------------------------------------------------------------
 
 
-def share_router(layers):
-    """Stacked layers with LayerExpert 0 in every row: one router for all, whose gradient comes from every layer.
+def share_router(layers: Any) -> Any:
+    """The layers with LayerExpert 0 in every one: one router for all, whose gradient comes from every layer.
 
     gamma-MoD (arXiv 2410.13859) shares its router too, and masks the tokens of questions from it. Here text is never
     skipped at all, so questions always are masked.
     """
+    if isinstance(layers, tuple):
+        return tuple({**layer, "expert": layers[0]["expert"]} for layer in layers)
     rows = layers["expert"]["kernel"]
     return {**layers, "expert": {"kernel": jnp.broadcast_to(rows[:1], rows.shape)}}
 
@@ -379,7 +382,7 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 
 def run_layers(
-    stacked,
+    params,
     x: Array,
     layout: Layout,
     policy: Policy,
@@ -395,6 +398,7 @@ def run_layers(
 ) -> tuple[Array, dict[int, Routed], Cache | None]:
     """All layers over a chunk `x: [B, T, d]`, a whole sequence or, with a cache, the next part of a stream.
 
+    params: of all layers, leaves [L, ...], or a tuple of each layer's own (`inference.unstack`)
     remat: a name of `REMAT`; attention: a name of `attention.BACKENDS`.
     chunks: the rows are this device's chunks of streams that are split over devices: see `context`.
     replay: kept indices i32[B, F, k] of routed layers to use in place of the selector's, by layer.
@@ -405,19 +409,21 @@ def run_layers(
         raise UserError(f"unknown remat policy '{remat}': use one of {', '.join(REMAT)}")
     # What is the same in all layers that keep k tokens a frame: once, not once a layer.
     with jax.named_scope("routing"):
-        slots = {k: compaction_slots(layout, routing.n, k) for k in cache_kinds(policy, routing.n)}
-    rows = _Rows(stacked, layout, slots, config, routing, lora, remat, dropout_key, replay, attention, chunks)
+        slots = {k: compaction_slots(layout, routing.n, k) for k in sorted(set(kept_counts(policy, routing.n)))}
+    rows = _Rows(params, layout, slots, config, routing, lora, remat, dropout_key, replay, attention, chunks)
+    if cache is not None or isinstance(params, tuple):
+        return _run_one_by_one(rows, policy, x, cache)
     decided: dict[int, Routed] = {}
     for segment in segments(policy):
-        x, cache, routed = _run_segment(rows, segment, policy, x, cache)
+        x, routed = _run_segment(rows, segment, x)
         decided |= routed
-    return x, dict(sorted(decided.items())), cache
+    return x, dict(sorted(decided.items())), None
 
 
 class _Rows(NamedTuple):
     """What every layer of one call shares."""
 
-    stacked: Any
+    params: Any
     layout: Layout
     slots: dict[int, Slots]
     config: LlamaConfig
@@ -430,21 +436,36 @@ class _Rows(NamedTuple):
     chunks: bool
 
 
-def cache_kinds(policy: Policy, n: int) -> tuple[int, ...]:
-    """The numbers of tokens a frame that the policy's layers keep, ascending: one stack of the cache each."""
-    return tuple(sorted({num_kept(n, spec.keep) for spec in policy}))
+def _run_one_by_one(rows: _Rows, policy: Policy, x: Array, cache: Cache | None):
+    """Every layer traced on its own. A chunk of a stream is small beside the weights and the cache that it reads, and a
+    scan would copy each layer's part of both out of their stacks before the layer reads it."""
+    caches: list[LayerCache | None] = [None] * len(policy) if cache is None else list(cache.layers)
+    decided: dict[int, Routed] = {}
+    for i, spec in enumerate(policy):
+        params = rows.params[i] if isinstance(rows.params, tuple) else _one(rows.params, i)
+        replay = None if rows.replay is None else rows.replay.get(i)
+        x, caches[i], routed = _run_layer(rows, spec, None, params, by_rows(x), i, caches[i], replay)
+        if routed is not None:
+            decided[i] = routed
+    return x, decided, None if cache is None else cache._replace(layers=tuple(caches))
 
 
-def _run_segment(rows: _Rows, segment: Segment, policy: Policy, x: Array, cache: Cache | None):
-    """One scan over the repeats of a segment's unit; the cache is carried through it, so that it can be donated."""
-    size, repeats, n = len(segment.unit), segment.repeats, rows.routing.n
+def _run_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x: Array, layer, cache, replay):
+    with jax.named_scope("routed_layer" if spec.routed else "layer"):
+        run = _routed_layer if spec.routed else _full_layer
+        return run(rows, spec, place, params, x, layer, cache, replay)
+
+
+def _run_segment(rows: _Rows, segment: Segment, x: Array):
+    """One scan over the repeats of a segment's unit."""
+    size, repeats = len(segment.unit), segment.repeats
 
     def fold(leaf):
         """[L, ...] -> [repeats, size, ...]; [repeats, ...] for one layer: XLA would copy all weights to drop the 1."""
         leaf = leaf[segment.start : segment.stop]
         return leaf if size == 1 else leaf.reshape(repeats, size, *leaf.shape[1:])
 
-    params = jax.tree.map(fold, rows.stacked)
+    params = jax.tree.map(fold, rows.params)
     layers = jnp.arange(segment.start, segment.stop).reshape(repeats, size)
     replay = tuple(
         jnp.stack([rows.replay[segment.start + j + r * size] for r in range(repeats)])
@@ -452,54 +473,41 @@ def _run_segment(rows: _Rows, segment: Segment, policy: Policy, x: Array, cache:
         else None
         for j, spec in enumerate(segment.unit)
     )
-    # Where each layer's rows lie in its stack of the cache.
-    kinds = cache_kinds(policy, n)
-    kept = [num_kept(n, spec.keep) for spec in policy]
-    row = np.array([kept[:i].count(kept[i]) for i in range(segment.start, segment.stop)]).reshape(repeats, size)
 
-    def step(carry, xs):
-        x, stacks = carry
+    def step(x, xs):
         x = by_rows(x)
-        params, layer, row, replay = xs
+        params, layer, replay = xs
         decided = []
         for j, spec in enumerate(segment.unit):
-            kind = kinds.index(num_kept(n, spec.keep))
-            stack = None if stacks is None else stacks[kind]
-            with jax.named_scope("routed_layer" if spec.routed else "layer"):
-                run = _routed_layer if spec.routed else _full_layer
-                place = None if size == 1 else j
-                x, stack, routed = run(rows, spec, place, params, x, layer[j], stack, row[j], replay[j])
-            if stacks is not None:
-                stacks = (*stacks[:kind], stack, *stacks[kind + 1 :])
+            x, _, routed = _run_layer(rows, spec, None if size == 1 else j, params, x, layer[j], None, replay[j])
             decided.append(routed)
-        return (x, stacks), decided
+        return x, decided
 
-    stacks = None if cache is None else cache.stacks
-    (x, stacks), decided = lax.scan(step, (x, stacks), (params, layers, jnp.asarray(row), replay))
+    x, decided = lax.scan(step, x, (params, layers, replay))
     named = {
         segment.start + j + r * size: jax.tree.map(lambda leaf, r=r: leaf[r], routed)
         for j, routed in enumerate(decided)
         if routed is not None
         for r in range(repeats)
     }
-    return x, None if cache is None else cache._replace(stacks=stacks), named
+    return x, named
 
 
-def _attention(rows: _Rows, stack, row, position: Array, valid: Array):
+def _attention(rows: _Rows, cache: LayerCache | None, position: Array, valid: Array):
     """Attention of a layer: causal over the chunk itself, over a stream's chunks on all devices or, with a cache, over
     what it holds and then the chunk.
 
-    -> function (q, k, v) -> (out, stack)
+    -> function (q, k, v) -> (out, cache)
     """
     if rows.chunks:
         return lambda q, k, v: (context.attention(q, k, v, valid.sum(1)), None)
-    if stack is None:
+    if cache is None:
         return lambda q, k, v: (causal_attention(q, k, v, rows.attention), None)
 
     def cached(q, k, v):
-        grown = kv_cache.write(stack, row, k, v, jnp.where(valid, position, NEVER))
+        grown = kv_cache.write(cache, k, v, jnp.where(valid, position, NEVER))
         # What was in use before is read from the grown cache: reading the old one would keep it from being donated.
-        return cache_attention(q, k, v, grown.key, grown.value, row, stack.used, rows.attention), grown
+        return cache_attention(q, k, v, grown.key, grown.value, cache.used, rows.attention), grown
 
     return cached
 
@@ -516,21 +524,21 @@ def _one(params, place: int | None):
     return params if place is None else jax.tree.map(lambda leaf: leaf[place], params)
 
 
-def _full_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x, layer, stack, row, replay):
+def _full_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x, layer, cache, replay):
     """x + f(x) for every token."""
     layout = rows.layout
 
     def block(params, x):
-        attention = _attention(rows, stack, row, layout.position, layout.valid)
+        attention = _attention(rows, cache, layout.position, layout.valid)
         return block_update(
             _one(params, place), x, layout.position, attention, rows.config, rows.lora, _dropout_key(rows, layer)
         )
 
-    update, stack = REMAT[rows.remat](block)(params, x)
-    return x + update, stack, None
+    update, cache = REMAT[rows.remat](block)(params, x)
+    return x + update, cache, None
 
 
-def _routed_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x, layer, stack, row, replay):
+def _routed_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x, layer, cache, replay):
     """x + g f(x̂) for kept tokens, x + f(x̂) for text, and every other token as it is, to the bit."""
     layout, routing, n = rows.layout, rows.routing, rows.routing.n
     k = num_kept(n, spec.keep)
@@ -551,7 +559,7 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x, la
 
     factor = None
     # With a cache no gradient is taken, and the gate is 1 without the work that only a gradient needs.
-    if spec.selector == "learned" and routing.gate == "straight_through" and stack is None:
+    if spec.selector == "learned" and routing.gate == "straight_through" and cache is None:
         # The gradient of the router's weight is summed over devices, as those of all weights are.
         scores = layer_expert.router_scores(lax.stop_gradient(x), weight)
         with jax.named_scope("routing"):
@@ -560,22 +568,22 @@ def _routed_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x, la
 
     def block(params, x_kept):
         params = _one(params, place)
-        attention = _attention(rows, stack, row, position, valid)
+        attention = _attention(rows, cache, position, valid)
         # RoPE of empty slots: any finite angle will do.
         rope_position = jnp.where(valid, position, 0)
-        update, new_stack = block_update(
+        update, grown = block_update(
             params, x_kept, rope_position, attention, rows.config, rows.lora, _dropout_key(rows, layer)
         )
         if spec.selector == "learned":
             mu = layer_expert.router_scores(x_kept, params["expert"]["kernel"])
             gate = layer_expert.gate(routing.gate, mu) if factor is None else factor
             update = (update.astype(jnp.float32) * jnp.where(packed.vision, gate, 1.0)[..., None]).astype(update.dtype)
-        return update, new_stack
+        return update, grown
 
     # The checkpoint saves the compacted rows, not the whole sequence.
-    update, stack = REMAT[rows.remat](block)(params, x_kept)
+    update, cache = REMAT[rows.remat](block)(params, x_kept)
     with jax.named_scope("routing"):
-        return add_rows(x, update, packed.index, packed.inverse), stack, routed
+        return add_rows(x, update, packed.index, packed.inverse), cache, routed
 
 
 def _choose(spec: LayerSpec, x, weight, layout: Layout, routing: Routing, layer, k: int) -> Routed | None:

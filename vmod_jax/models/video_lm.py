@@ -19,7 +19,7 @@ from vmod_jax.models import kv_cache
 from vmod_jax.models.attention import BACKENDS
 from vmod_jax.models.connector import Connector
 from vmod_jax.models.context import Beginning
-from vmod_jax.models.depth import LayerSpec, Policy, num_kept
+from vmod_jax.models.depth import LayerSpec, Policy, kept_counts
 from vmod_jax.models.kv_cache import Cache
 from vmod_jax.models.layer_expert import GATES, router_init_std
 from vmod_jax.models.layout import Layout, find_frames, invert, take_rows
@@ -32,7 +32,6 @@ from vmod_jax.models.llama import (
     RopeScaling,
     Routed,
     Routing,
-    cache_kinds,
     run_layers,
 )
 from vmod_jax.models.placement import lookup
@@ -98,9 +97,9 @@ class VideoLMConfig:
         return Routing(self.tokens_per_frame, self.gate, self.always_keep_last, self.router_seed)
 
     @property
-    def cache_kinds(self) -> tuple[int, ...]:
-        """Tokens a frame that each stack of the cache holds."""
-        return cache_kinds(self.policy, self.tokens_per_frame)
+    def kept(self) -> tuple[int, ...]:
+        """Tokens of a frame that each layer computes."""
+        return kept_counts(self.policy, self.tokens_per_frame)
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1)
@@ -194,7 +193,7 @@ class VideoLM(nn.Module):
         x = self.embed(input_ids, frames, layout)
         dropout_key = self.make_rng("dropout") if self.has_rng("dropout") else None
         x, routed, cache = run_layers(
-            self.llama.stacked_layers(), x, layout, c.policy, c.llama, c.routing, c.lora, c.remat, cache,
+            self.llama.layer_params(), x, layout, c.policy, c.llama, c.routing, c.lora, c.remat, cache,
             dropout_key, replay, c.attention, begin is not None,
         )  # fmt: skip
         for layer, decision in routed.items():
@@ -202,7 +201,7 @@ class VideoLM(nn.Module):
         if cache is None:
             return x, routed
         shown = (layout.frame_start < size).sum(-1, dtype=jnp.int32)
-        return x, routed, kv_cache.advance(cache, c.cache_kinds, c.tokens_per_frame, length, shown)
+        return x, routed, kv_cache.advance(cache, c.kept, c.tokens_per_frame, length, shown)
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states of any leading shape to logits: [..., d] -> f32[..., V]."""
@@ -245,15 +244,13 @@ def init_params(config: VideoLMConfig, key: Array) -> Any:
 
 def make_cache(config: VideoLMConfig, frames: int, text: int, batch: int = 1) -> Cache:
     """An empty cache with room for `frames` frames and `text` text tokens a row."""
-    n, c = config.tokens_per_frame, config.llama
-    layers = [sum(num_kept(n, spec.keep) == k for spec in config.policy) for k in config.cache_kinds]
-    slots = cache_slots(config, frames, text)
-    return kv_cache.make_cache(layers, slots, batch, c.num_key_value_heads, c.head_dim, DTYPES[config.dtype])
+    c, slots = config.llama, cache_slots(config, frames, text)
+    return kv_cache.make_cache(slots, batch, c.num_key_value_heads, c.head_dim, DTYPES[config.dtype])
 
 
 def cache_slots(config: VideoLMConfig, frames: int, text: int) -> list[int]:
-    """Slots of each stack: text, and the kept tokens of every frame."""
-    return [max(1, text + frames * k) for k in config.cache_kinds]
+    """Slots of each layer: text, and the kept tokens of every frame."""
+    return [max(1, text + frames * k) for k in config.kept]
 
 
 def num_params(params: Any) -> int:

@@ -22,6 +22,9 @@ from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, cache_slots, check_
 TEXT_CHUNKS = (8, 32, 128, 512)
 FRAME_TEXT = 4  # text tokens in a chunk beside its frames and the intervals between them
 
+# XLA for CPUs would otherwise begin with what depends on parameters alone: all layers' 8-bit weights made into floats.
+_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+
 
 class Mark(NamedTuple):
     """A place in a stream to which it can be rolled back: text tokens and frames before it."""
@@ -37,8 +40,11 @@ class Programs:
         self.config, self.model = config, VideoLM(config)
         self.compiles: dict[str, int] = {}
         # The cache is donated: it is updated in place.
-        self.extend = jax.jit(self._extend, donate_argnames="cache")
-        self.generate = jax.jit(self._generate, donate_argnames="cache", static_argnames="limit")
+        compiled = functools.partial(
+            jax.jit, donate_argnames="cache", compiler_options=_OPTIONS.get(jax.default_backend())
+        )
+        self.extend = compiled(self._extend)
+        self.generate = compiled(self._generate, static_argnames="limit")
         self.grow = jax.jit(kv_cache.grow, static_argnames="slots")
         self.roll_back = jax.jit(kv_cache.roll_back, donate_argnames="cache")
 
