@@ -5,9 +5,10 @@
 The imported weights and the features are those of configs/ego4d_v5e_16.py, and so are batch, schedule and expected
 scores: it is the same run on other chips.
 
-Cost by the formula: 13.1 PFLOP a step, 46 EFLOP in all; at 40% of the chips' peak 4.0 hours, full 5.9. Neither time
-nor memory was measured on a GPU; parameters and the optimiser's state are 2.4 GiB of each one's memory
-(tests/test_configs.py), and `vmod bench train-step --llama-3-8b` measures a step on one.
+Cost by the formula: 13.1 PFLOP a step, 46 EFLOP in all; at 40% of the chips' peak 4.0 hours, full 5.9. No time was
+measured on a GPU (`vmod bench train-step --llama-3-8b` measures a step on one). Memory, by XLA's compiler for GPUs
+(`vmod bench aot 8b-h100-8-600x10`): 9.0 GiB of each one's, full 9.9, of which 2.4 GiB are parameters and the
+optimiser's state; accumulated gradients come on top.
 """
 
 from vmod_jax.training.config import Config

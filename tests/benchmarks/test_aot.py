@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vmod_jax.benchmarks.aot import CASES, TARGETS, _line, collective_bytes, compare, library
+from vmod_jax.benchmarks.aot import CASES, TARGETS, _line, collective_bytes, compare, cuda_plugin, library
 
 # A loop of 3 around a loop of 8 in steps of 2, as the TPU's compiler writes them.
 TEXT = """\
@@ -97,6 +97,26 @@ def test_a_loop_of_unknown_length_is_no_guess():
         collective_bytes(TEXT.replace("add(%i, %two)", "multiply(%i, %two)"))
 
 
+def test_a_loop_whose_length_is_noted_is_believed():
+    noted = "body=%inner_body"
+    text = TEXT.replace(noted, noted + r', backend_config={"known_trip_count":{"n":"5"}}')
+    assert collective_bytes(text)["collective-permute"] == 3 * 5 * 64
+
+
+def test_rows_of_a_stream():
+    """One GPU receives nothing; what a frame adds is held against the formula."""
+    full, mod = ({"total_bytes": n, "collective_bytes": 0, "frame_bytes": n} for n in (100, 61))
+    rows = {row["kind"]: row for row in compare("x", CASES["8b-h200-stream"], mod, full)}
+    assert set(rows) == {"aot_memory", "aot_cache"}
+    # 16 layers hold 51 tokens of a frame and the text token between two, 16 hold 11
+    assert rows["aot_cache"]["formula_ratio"] == pytest.approx((51 + 11) / (2 * 51))
+    assert rows["aot_cache"]["text_tokens"] == 1200
+    assert "streams of 7 fit" in _line(
+        dict.fromkeys(("argument_bytes", "temp_bytes", "collective_bytes", "total_bytes", "hbm_bytes"), 2**30)
+        | {"fits": True, "compile_seconds": 1.0, "frame_bytes": 10**6, "longest_frames": 7}
+    )
+
+
 def test_rows_hold_the_method_against_full():
     full = {"total_bytes": 8, "flops": 10.0, "collective_bytes": 6}
     mod = {"total_bytes": 6, "flops": 6.8, "collective_bytes": 6}
@@ -122,6 +142,21 @@ def test_every_case_names_a_slice_whose_chips_it_uses():
         chips = TARGETS[case.target].chips
         assert chips == case.mesh[0] * case.mesh[1] * case.mesh[2] * case.mesh[3]
         assert case.rows % (case.mesh[0] * case.mesh[1]) == 0
+
+
+@pytest.mark.slow
+def test_llama_3_8b_streams_on_an_h200(tmp_path):
+    """A frame of a stream of 10 minutes at 50 tokens a frame, by XLA's own compiler for GPUs."""
+    if not cuda_plugin():
+        pytest.skip("no CUDA plug-in of JAX: get it as the head of vmod_jax/benchmarks/aot.py says")
+    command = [sys.executable, "-m", "vmod_jax.cli", "bench", "aot", "8b-h200-stream", "--json", "aot.json"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    full, mod = json.loads((tmp_path / "aot.json").read_text())["compiles"]
+    assert mod["longest_frames"] > 1.6 * full["longest_frames"]
+    weights, cache = 2 * (32 * 218.1e6 + 2 * 128256 * 4096), 1200 * mod["frame_bytes"]
+    assert mod["argument_bytes"] < 1.01 * (weights + cache)
+    assert mod["alias_bytes"] > 0.99 * cache
+    assert mod["temp_bytes"] < 2**26  # a copy of one layer's weights would take 416 MiB, of its cache 240
 
 
 @pytest.mark.slow

@@ -1,18 +1,22 @@
-"""`vmod bench aot`: the training step of full-size models compiled for TPUs that are not here.
+"""`vmod bench aot`: steps of full-size models, in training and in a stream, compiled for TPUs and GPUs not here.
 
-XLA's TPU compiler runs anywhere. What it says about a step is what that step will need on the device: bytes of each
-chip's memory, and every collective. Nothing is run, so there are no times but the compiler's own.
+XLA's compilers run anywhere. What they say about a step is what that step will need on the device: bytes of each chip's
+memory, and every collective. Nothing is run, so there are no times but the compiler's own.
 
-The compiler is the library libtpu, 200 MB to download, which comes with `pip install '.[tpu]'`. Where it is installed,
-every JAX program looks for a TPU first and complains on stderr that there is none, so on other machines it is better
-kept apart (as `launch/test.sh --all` does):
+For TPUs the compiler is the library libtpu, 200 MB to download, which comes with `pip install '.[tpu]'`. Where it is
+installed, every JAX program looks for a TPU first and complains on stderr that there is none, so on other machines it
+is better kept apart (as `launch/test.sh --all` does):
 
     pip install --no-deps --target DIR 'libtpu==0.0.42.*'        # the version that jax 0.10.2's extra tpu names
     VMOD_LIBTPU=DIR/libtpu/libtpu.so vmod bench aot --json F
+
+For NVIDIA's GPUs it is JAX's CUDA plug-in, `pip install '.[cuda]'` (5 GB; a virtual environment of its own will do). On
+the device XLA also tries several kernels for each matrix product, whose scratch memory is not in these figures.
 """
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -24,15 +28,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from vmod_jax.bench import row
 from vmod_jax.benchmarks.setup import Stream, flops_of_step, ratio_of_formula
+from vmod_jax.benchmarks.train_step import carried_ratio
 from vmod_jax.errors import UserError
 from vmod_jax.models.depth import make_policy
 from vmod_jax.models.flops import LLAMA_3_8B
-from vmod_jax.models.llama import LlamaConfig, LoraConfig
-from vmod_jax.models.video_lm import VideoLM, VideoLMConfig
+from vmod_jax.models.inference import merge_lora, to_int8, unstack
+from vmod_jax.models.llama import NO_LORA, LlamaConfig, LoraConfig
+from vmod_jax.models.video_lm import DTYPES, VideoLM, VideoLMConfig, cache_slots, init_params, make_cache
+from vmod_jax.streaming.engine import Programs, frames_chunk
 from vmod_jax.train import abstract_state, make_step
 from vmod_jax.training.config import defaults
 from vmod_jax.training.optimizer import make_optimizer, trained_groups
@@ -48,15 +55,19 @@ RANK = 128
 
 
 class Target(NamedTuple):
-    """A slice as Google names it. (A v5p's number counts cores: v5p-8 has 4 chips.)"""
+    """A slice as Google names it (a v5p's number counts cores: v5p-8 has 4 chips), or the GPUs of one machine."""
 
     topology: str
     chips: int
     hbm_gib: int  # of a chip
+    platform: str = "tpu"
 
 
 TARGETS = {
+    "h200": Target("1x1x1", 1, 140, "cuda"),  # hosts x processes x GPUs
+    "h100-8": Target("1x1x8", 8, 79, "cuda"),
     "v5e-16": Target("v5e:4x4", 16, 16),
+    "v6e-1": Target("v6e:1x1", 1, 32),
     "v6e-8": Target("v6e:2x4", 8, 32),
     "v5p-8": Target("v5p:2x2x1", 4, 95),
     "v5p-32": Target("v5p:2x2x4", 16, 95),
@@ -65,7 +76,10 @@ TARGETS = {
 
 
 class Case(NamedTuple):
-    """A training step. mesh: sizes of data, fsdp, context, tensor; rows: streams of a batch, over all chips."""
+    """A training step, or one frame of a stream that has shown all others before, a text token between them.
+
+    mesh: sizes of data, fsdp, context, tensor; rows: streams of a batch, over all chips; step: a name of `STEPS`.
+    """
 
     model: str
     target: str
@@ -74,6 +88,7 @@ class Case(NamedTuple):
     mesh: tuple[int, int, int, int]
     rows: int
     remat: str = "attention"
+    step: str = "train"
 
 
 CASES = {
@@ -83,6 +98,13 @@ CASES = {
     "8b-v5p-8-1200x50": Case("8b", "v5p-8", 1200, 50, (1, 4, 1, 1), 4),
     "8b-v6e-8-1200x50": Case("8b", "v6e-8", 1200, 50, (1, 2, 4, 1), 2),
     "8b-v5e-16-1200x50": Case("8b", "v5e-16", 1200, 50, (1, 4, 4, 1), 4),
+    "8b-h200-600x10": Case("8b", "h200", 600, 10, (1, 1, 1, 1), 1),
+    "8b-h200-600x50": Case("8b", "h200", 600, 50, (1, 1, 1, 1), 1),
+    "8b-h100-8-600x10": Case("8b", "h100-8", 600, 10, (1, 8, 1, 1), 8),
+    "8b-h100-8-600x50": Case("8b", "h100-8", 600, 50, (1, 8, 1, 1), 8),
+    "8b-h200-stream": Case("8b", "h200", 1200, 50, (1, 1, 1, 1), 1, "none", "stream"),
+    "8b-v6e-1-stream": Case("8b", "v6e-1", 1200, 50, (1, 1, 1, 1), 1, "none", "stream"),
+    "8b-h200-stream-int8": Case("8b", "h200", 1200, 50, (1, 1, 1, 1), 1, "none", "stream int8"),
     "70b-v5p-32-600x10": Case("70b", "v5p-32", 600, 10, (1, 16, 1, 1), 16),
     "70b-v5p-128-600x10": Case("70b", "v5p-128", 600, 10, (1, 64, 1, 1), 64),
 }
@@ -103,7 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"there is no case {unknown[0]}: use {', '.join(CASES)}")
     rows, compiles = [], []
     for name in args.cases or list(CASES)[: 1 if args.quick else None]:
-        pair = {policy: compile_step(CASES[name], policy, -1.0 if args.quick else 0.0) for policy in ("full", "mod")}
+        pair = {policy: compile_case(CASES[name], policy, -1.0 if args.quick else 0.0) for policy in ("full", "mod")}
         for policy, result in pair.items():
             compiles.append({"case": name, "policy": policy, **CASES[name]._asdict(), **result})
             print(f"{name} {policy}: {_line(result)}", flush=True)
@@ -112,15 +134,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(name: str, case: Case, candidate: dict[str, Any], baseline: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows aot_memory (bytes a chip), aot_flops and aot_collectives (bytes a chip); those that both compiles have."""
-    hoped = ratio_of_formula(model_config(case, "mod"), Stream(case.frames, case.tokens, TEXT), case.remat)
-    more: dict[str, Any] = {"dtype": "bfloat16", "remat": case.remat, "tokens_per_frame": case.tokens}
-    more |= {"frames": case.frames, "text_tokens": TEXT, "target": case.target}
-    kinds = {"aot_memory": "total_bytes", "aot_flops": "flops", "aot_collectives": "collective_bytes"}
+    """Rows aot_memory (bytes a chip), aot_flops, aot_collectives (bytes received a chip) and aot_cache (bytes that a
+    frame adds to a stream's cache); those that both compiles have."""
+    config, train = model_config(case, "mod"), case.step == "train"
+    stream = Stream(case.frames, case.tokens, TEXT if train else case.frames)
+    formula = {"aot_cache": carried_ratio(config, stream)}
+    if train:
+        formula["aot_flops"] = ratio_of_formula(config, stream, case.remat)
+    more: dict[str, Any] = {"dtype": "bfloat16", "remat": case.remat if train else None, "target": case.target}
+    more |= stream.row_keys()
+    kinds = {"aot_memory": "total", "aot_flops": "flops", "aot_collectives": "collective", "aot_cache": "frame"}
+    keys = {kind: key if key == "flops" else f"{key}_bytes" for kind, key in kinds.items()}
     return [
-        row(name, kind, candidate[key], baseline[key], formula_ratio=hoped if kind == "aot_flops" else None, **more)
-        for kind, key in kinds.items()
-        if key in candidate and key in baseline
+        row(name, kind, candidate[key], baseline[key], formula_ratio=formula.get(kind), **more)
+        for kind, key in keys.items()
+        if key in candidate and baseline.get(key)
     ]
 
 
@@ -128,11 +156,14 @@ def _line(result: dict[str, Any]) -> str:
     if "error" in result:
         return f"does not fit: {result['error']}"
     gib = {name: result[f"{name}_bytes"] / 2**30 for name in ("total", "argument", "temp", "collective")}
+    if "longest_frames" in result:
+        more = f"{result['frame_bytes'] / 1e6:.2f} MB a frame, so that streams of {result['longest_frames']} fit"
+    else:
+        more = f"{result['flops'] / 1e12:.1f} TFLOP and {gib['collective']:.2f} GiB received a chip and step"
     return (
         f"{'' if result['fits'] else 'does not fit: '}"
         f"{gib['total']:.2f} of {result['hbm_bytes'] / 2**30:.0f} GiB a chip ({gib['argument']:.2f} arguments, "
-        f"{gib['temp']:.2f} temporary), {result['flops'] / 1e12:.1f} TFLOP and {gib['collective']:.2f} GiB received a "
-        f"chip and step; compiled in {result['compile_seconds']:.0f} s"
+        f"{gib['temp']:.2f} temporary), {more}; compiled in {result['compile_seconds']:.0f} s"
     )
 
 
@@ -156,7 +187,7 @@ def model_config(case: Case, policy: str) -> VideoLMConfig:
         grid=GRIDS[case.tokens],
         lora=LoraConfig(RANK, 2.0 * RANK),
         remat=case.remat,
-        attention="splash",
+        attention={"tpu": "splash", "cuda": "cudnn"}[TARGETS[case.target].platform],
         dtype="bfloat16",
         param_dtype="bfloat16",
     )
@@ -195,38 +226,64 @@ def library() -> str | None:
     return place if place and Path(place).is_file() else None
 
 
+def cuda_plugin() -> bool:
+    """Whether JAX's plug-in for CUDA 12 or 13 is installed."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+
+
+# What XLA asks a GPU of NVIDIA's Hopper generation about itself, and what distinguishes H100 from H200.
+HOPPER = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 }}
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98  l2_cache_size: 52428800
+  threads_per_warp: 32  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  device_memory_size: {memory}  memory_bandwidth: {bandwidth}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 }}
+device_description_str: "{name}"
+"""
+
+
 def devices(target: Target) -> Sequence[Any]:
-    """The chips of a slice that is not here. Raises UserError without libtpu."""
+    """The chips of a slice, or the GPUs of a machine, that are not here. Raises UserError without their compiler."""
     from jax.experimental import topologies
 
+    if target.platform == "cuda":
+        if not cuda_plugin():
+            raise UserError("no CUDA plug-in of JAX, which compiles for GPUs: pip install '.[cuda]'")
+        jax.config.update("jax_platforms", "cpu")
+        name, bandwidth = ("NVIDIA H200", 4.8e12) if target.hbm_gib > 80 else ("NVIDIA H100", 3.35e12)
+        text = HOPPER.format(memory=target.hbm_gib * 2**30, bandwidth=int(bandwidth), name=name)
+        described = topologies.get_topology_desc(name, "cuda", topology=target.topology, target_config=text)
+        assert len(described.devices) == target.chips
+        return described.devices
     if (place := library()) is None:
         raise UserError("no libtpu, XLA's compiler for TPUs: get it as the head of vmod_jax/benchmarks/aot.py says")
     os.environ["TPU_LIBRARY_PATH"] = place
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody is there to be asked
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is there to be locked
     jax.config.update("jax_platforms", "cpu")
-    found = topologies.get_topology_desc(target.topology, "tpu").devices
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if target.chips == 1 else {}
+    found = topologies.get_topology_desc(target.topology, "tpu", **bounds).devices
     assert len(found) == target.chips, (target, len(found))
     return found
 
 
-def compile_step(case: Case, policy: str, effort: float) -> dict[str, Any]:
-    """What the compiler says of `train.make_step`: bytes and FLOPs are of one chip and one step.
+def compile_case(case: Case, policy: str, effort: float) -> dict[str, Any]:
+    """What the compiler says of a step: bytes and FLOPs are of one chip and one step.
 
     effort: the compiler's, from -1 to 1; 0 is what a training run gets.
     """
-    target, config, options = TARGETS[case.target], model_config(case, policy), defaults().optimizer
-    heads = config.llama.num_attention_heads, config.llama.num_key_value_heads
-    mesh = make_mesh(dict(zip(AXES, case.mesh, strict=True)), case.rows, *heads, devices(target))
-    optimizer = make_optimizer(options, 1000)
-    frozen, state = abstract_state(config, trained_groups(options), optimizer, mesh)
+    target = TARGETS[case.target]
+    lowered, said = STEPS[case.step](case, policy, devices(target))
     hbm = target.hbm_gib * 2**30
-    said: dict[str, Any] = {"hbm_bytes": hbm, "chips": target.chips, "effort": effort}
-    work = flops_of_step(config, Stream(case.frames, case.tokens, TEXT), labels=case.frames + TEXT // 2)
-    said["flops"] = work * case.rows / target.chips
-
+    said |= {"hbm_bytes": hbm, "chips": target.chips, "effort": effort}
     began = time.perf_counter()
-    lowered = make_step(VideoLM(config), optimizer, state, mesh).lower(state, frozen, abstract_batch(case, mesh), 0)
     try:
         compiled = lowered.compile({"exec_time_optimization_effort": effort} if effort else None)
     except jax.errors.JaxRuntimeError as error:
@@ -242,11 +299,49 @@ def compile_step(case: Case, policy: str, effort: float) -> dict[str, Any]:
     total = said["argument_bytes"] + said["output_bytes"] - said["alias_bytes"] + said["temp_bytes"]
     said["total_bytes"] = total + said["generated_code_bytes"]
     said["fits"] = said["total_bytes"] < hbm
-    analysis: Any = compiled.cost_analysis()
-    said["flops_with_loop_bodies_once"] = analysis["flops"]
+    if "frame_bytes" in said:
+        said["longest_frames"] = case.frames + int((hbm - said["total_bytes"]) // said["frame_bytes"])
     said["collectives"] = collective_bytes(compiled.as_text())
     said["collective_bytes"] = sum(said["collectives"].values())
     return said
+
+
+def _lower_training(case: Case, policy: str, chips: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
+    """`train.make_step`, and its FLOPs a chip by the formula."""
+    config, options = model_config(case, policy), defaults().optimizer
+    heads = config.llama.num_attention_heads, config.llama.num_key_value_heads
+    mesh = make_mesh(dict(zip(AXES, case.mesh, strict=True)), case.rows, *heads, chips)
+    optimizer = make_optimizer(options, 1000)
+    frozen, state = abstract_state(config, trained_groups(options), optimizer, mesh)
+    work = flops_of_step(config, Stream(case.frames, case.tokens, TEXT), labels=case.frames + TEXT // 2)
+    step = make_step(VideoLM(config), optimizer, state, mesh)
+    return step.lower(state, frozen, abstract_batch(case, mesh), 0), {"flops": work * case.rows / len(chips)}
+
+
+def _lower_frame(case: Case, policy: str, chips: Sequence[Any], change: Any = merge_lora) -> tuple[Any, dict[str, Any]]:
+    """`Programs.extend` by a frame on one chip, with a cache for all frames, and the bytes that a frame adds to it."""
+    trained, n = model_config(case, policy), case.tokens
+    config = dataclasses.replace(trained, lora=NO_LORA)
+
+    def arguments():
+        params = unstack(change(trained, init_params(trained, jax.random.key(0)))[1])
+        ids, one = jnp.zeros((1, frames_chunk(n, 1, 1)), jnp.int32), jnp.zeros(1, jnp.int32)
+        frame = jnp.zeros((1, 1, n, trained.vision_hidden_size))
+        return params, make_cache(config, case.frames, case.frames + 64), ids, frame, one, one
+
+    place = SingleDeviceSharding(chips[0])
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(arguments))
+    slots = sum(cache_slots(config, 2, 2)) - sum(cache_slots(config, 1, 1))
+    c = config.llama
+    frame_bytes = slots * 2 * c.num_key_value_heads * c.head_dim * DTYPES[config.dtype].dtype.itemsize
+    return Programs(config).extend.lower(*given), {"frame_bytes": frame_bytes}
+
+
+STEPS = {
+    "train": _lower_training,
+    "stream": _lower_frame,
+    "stream int8": functools.partial(_lower_frame, change=to_int8),
+}
 
 
 # --- the compiled text ------------------------------------------------------------------------------------------------
@@ -285,7 +380,10 @@ def _attribute(line: str, name: str) -> str | None:
 
 
 def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction) -> int:
-    """How often a counting loop runs: its counter starts at 0, and `condition` compares it with a constant."""
+    """How often a counting loop runs: as XLA notes beside it or, where its counter starts at 0 and `condition` compares
+    it with a constant, as that says."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.line):
+        return int(known[1])
     condition, body = (computations[str(_attribute(loop.line, name))] for name in ("condition", "body"))
     constant = lambda block, name: next(  # noqa: E731
         (int(m[1]) for i in block if i.name == name and (m := re.search(r"\sconstant\((\d+)\)", i.line))), None

@@ -26,6 +26,11 @@ FRAME_TEXT = 4  # text tokens in a chunk beside its frames and the intervals bet
 _OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
 
 
+def frames_chunk(n: int, width: int, interval: int) -> int:
+    """Tokens of the chunk that `width` frames of n tokens come in, with `interval` tokens between them."""
+    return FRAME_TEXT + width * n + (width - 1) * interval
+
+
 class Mark(NamedTuple):
     """A place in a stream to which it can be rolled back: text tokens and frames before it."""
 
@@ -173,7 +178,7 @@ class Engine:
         for i in range(count):
             tokens += (interval if i else []) + frame
             read[i] = len(tokens) - 1
-        chunk = np.zeros((1, FRAME_TEXT + width * n + (width - 1) * len(interval)), np.int32)
+        chunk = np.zeros((1, frames_chunk(n, width, len(interval))), np.int32)
         chunk[0, : len(tokens)] = tokens
         padded = np.zeros((1, width, *frames.shape[1:]), frames.dtype)
         padded[0, :count] = frames
