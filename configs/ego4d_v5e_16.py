@@ -19,7 +19,7 @@ Expected on the validation split, the paper's figures (not reproduced here):
 Cost by the formula (`models/flops.py`, rows of 600 frames and 2000 text tokens): 13.1 PFLOP a step, 46 EFLOP in all; at
 40% of the chips' peak 10 hours, full 15. Nothing of this was measured on a TPU.
 
-It fits: `vmod bench aot 8b-v5e-16-600x10` says 11.4 of 16 GiB a chip (full: 10.4) for its longest streams, 29.5 GiB
+It fits: `vmod bench aot 8b-v5e-16-600x10` says 9.9 of 16 GiB a chip (full: 9.8) for its longest streams, 29.5 GiB
 received a chip for every 16 rows (docs/results/aot-8b-v5e-16-600x10.json). To that comes the vision tower of the
 import, in float32 1.2 GiB and whole on every chip; without --vision there is none, and none is needed to train.
 """

@@ -5,10 +5,12 @@
 The imported weights and the features are those of configs/ego4d_v5e_16.py, and so are batch, schedule and expected
 scores: it is the same run on other chips.
 
-Cost by the formula: 13.1 PFLOP a step, 46 EFLOP in all; at 40% of the chips' peak 4.0 hours, full 5.9. No time was
-measured on a GPU (`vmod bench train-step --llama-3-8b` measures a step on one). Memory, by XLA's compiler for GPUs
-(`vmod bench aot 8b-h100-8-600x10`): 9.0 GiB of each one's, full 9.9, of which 2.4 GiB are parameters and the
-optimiser's state; accumulated gradients come on top.
+Cost by the formula: 13.1 PFLOP a step, 46 EFLOP in all; at 40% of the chips' peak 4.0 hours, full 5.9. Nothing of
+this was measured on a GPU; `vmod bench train-step --llama-3-8b` measures a step on one.
+
+It fits: `vmod bench aot 8b-h100-8-600x10` says 9.0 of 79 GiB a GPU (full: 9.9) for its longest streams
+(docs/results/aot-8b-h100-8-600x10.json), of which 2.4 GiB are parameters and the optimiser's state; the gradients that
+are accumulated come on top. 1200 x 50 would fit, too (8b-h100-8-1200x50: 39.5, full 49.6).
 """
 
 from vmod_jax.training.config import Config

@@ -12,7 +12,7 @@ Cost by the formula (rows of 1200 frames and 2000 text tokens): 192 PFLOP a step
 peak 254 hours, full 456: take a larger slice, whose mesh.fsdp is its chips, for the whole of it. Nothing of this was
 measured on a TPU.
 
-It fits: `vmod bench aot --quick 8b-v5p-8-1200x50` says 52.9 of 95 GiB a chip (full: 63.1) for its longest streams
+It fits: `vmod bench aot --quick 8b-v5p-8-1200x50` says 55.0 of 95 GiB a chip (full: 62.0) for its longest streams
 (docs/results/aot-quick-8b-v5p-8-1200x50.json).
 """
 

@@ -10,7 +10,7 @@ scores: it is the same run on other chips.
 Cost by the formula: 13.1 PFLOP a step, 46 EFLOP in all; at 40% of the chips' peak 4.4 hours, full 6.4. Nothing of this
 was measured on a TPU.
 
-It fits: `vmod bench aot --quick 8b-v6e-8-600x10` says 10.6 of 32 GiB a chip (full: 11.2) for its longest streams
+It fits: `vmod bench aot --quick 8b-v6e-8-600x10` says 10.0 of 32 GiB a chip (full: 11.2) for its longest streams
 (docs/results/aot-quick-8b-v6e-8-600x10.json).
 """
 

@@ -1,7 +1,9 @@
 """Every file of configs/: it is complete, and those for named machines fit them, in shapes alone."""
 
 import dataclasses
+import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -24,7 +26,7 @@ MACHINES = {
     "ego4d_v5e_16": (16, 16, 10, 8192, "8b-v5e-16-600x10"),
     "llama3_8b_v6e_8": (8, 32, 10, 8192, "8b-v6e-8-600x10"),
     "llama3_8b_v5p_8": (4, 95, 50, 131072, "8b-v5p-8-1200x50"),
-    "llama3_8b_h100_8": (8, 74, 10, 8192, None),
+    "llama3_8b_h100_8": (8, 79, 10, 8192, "8b-h100-8-600x10"),
 }
 
 
@@ -94,8 +96,6 @@ def test_parameters_and_optimiser_fit(machine):
 def test_the_compile_that_it_quotes_is_its_own(machine):
     """Mesh, rows at a time, rematerialisation and the longest stream are those of the case of `vmod bench aot`."""
     config, mesh, (chips, hbm, tokens, _, name) = machine
-    if name is None:
-        pytest.skip("no compiler for it is at hand")
     case, target = aot.CASES[name], aot.TARGETS[aot.CASES[name].target]
     assert (target.chips, target.hbm_gib) == (chips, hbm)
     assert dict(zip(AXES, case.mesh, strict=True)) == dict(mesh.shape)
@@ -106,3 +106,15 @@ def test_the_compile_that_it_quotes_is_its_own(machine):
     same = {name: getattr(mine, name) for name in ("policy", "gate", "grid", "dtype", "param_dtype")}
     assert dataclasses.replace(compiled, **same) == compiled
     assert (mine.lora.rank, mine.lora.alpha) == (compiled.lora.rank, compiled.lora.alpha)
+
+
+@pytest.mark.parametrize("name", sorted(MACHINES))
+def test_what_it_quotes_of_the_compile_is_in_the_results(name):
+    text = (CONFIGS / f"{name}.py").read_text()
+    quoted = re.search(r"`vmod bench aot [\w -]+` says ([\d.]+) of (\d+) GiB a \w+ \(full: ([\d.]+)\)", text)
+    (path,) = re.findall(r"\((docs/results/aot-[\w-]+\.json)\)", text)
+    assert quoted
+    compiles = json.loads((CONFIGS.parent / path).read_text())["compiles"]
+    assert {entry["case"] for entry in compiles} == {MACHINES[name][-1]}
+    total = {entry["policy"]: entry["total_bytes"] / GIB for entry in compiles}
+    assert quoted.groups() == (f"{total['mod']:.1f}", f"{compiles[0]['hbm_bytes'] // GIB}", f"{total['full']:.1f}")

@@ -36,7 +36,9 @@ BENCHMARKS = {
     "routing": Benchmark("benchmarks.routing", "routing alone as a share of a routed layer's time"),
     "stream": Benchmark("benchmarks.stream", "seconds a frame of a stream: MoD, full, int8 and PyTorch in turn"),
     "decode-video": Benchmark("benchmarks.decode_video", "the video reader beside plain decoding"),
-    "aot": Benchmark("benchmarks.aot", "full-size steps compiled for TPUs that are not here: memory, collectives"),
+    "aot": Benchmark(
+        "benchmarks.aot", "full-size steps compiled for TPUs and GPUs that are not here: memory, collectives"
+    ),
     "flops": Benchmark("benchmarks.flops", "the paper's FLOPs column for any model and policy"),
     "summary": Benchmark("benchmarks.summary", "a markdown table of results that --json has written"),
 }
