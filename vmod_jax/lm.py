@@ -104,7 +104,8 @@ class LanguageModel:
     def stream(self, threshold: float = 0.725, int8: bool = False, **options) -> Session:
         """A live session; options as in `streaming.session.Session` (system, max_frames, max_reply, announce...).
 
-        LoRA is merged once, at the first stream. int8: with decoder weights of 8 bits.
+        Streams share weights of their own (`merged`, `int8`), made at the first one; where memory is short, keep
+        those and let go of this model. int8: with decoder weights of 8 bits.
         """
         lm = self.int8 if int8 else self.merged
         return Session(lm._programs, lm.params, self.fmt, threshold, **options)

@@ -6,6 +6,7 @@ own growing cache, one call a frame.
 """
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,7 @@ class Ours:
 
     def __init__(self, config: VideoLMConfig, params: Any, width: int, frames: int):
         self.width = width
-        self.engine = Engine(Programs(config), unstack(params), frames, first_frames=frames, first_text=frames + 64)
+        self.engine = Engine(Programs(config), params, frames, first_frames=frames, first_text=frames + 64)
 
     def show(self, frames: np.ndarray) -> np.ndarray:
         logits = []
@@ -77,14 +78,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     method = make_config(args, args.policy, args.tokens)
     dense = make_config(args, "full", args.tokens)
     params = make_params(method)
-    merged, plain = merge_lora(method, params), merge_lora(dense, params)
+    # Policies share their weights: of a large model there is no room for many copies.
+    (config, merged), (_, small) = merge_lora(method, params), to_int8(method, params)
+    plain, merged = dataclasses.replace(config, policy=dense.policy), unstack(merged)
     engines = {
-        "MoD": Ours(*merged, 1, total),
-        "full": Ours(*plain, 1, total),
-        "MoD int8": Ours(*to_int8(method, params), 1, total),
-        f"MoD {at_once} at once": Ours(*merged, at_once, total),
-        f"full {at_once} at once": Ours(*plain, at_once, total),
+        "MoD": Ours(config, merged, 1, total),
+        "full": Ours(plain, merged, 1, total),
+        "MoD int8": Ours(config, unstack(small), 1, total),
+        f"MoD {at_once} at once": Ours(config, merged, at_once, total),
+        f"full {at_once} at once": Ours(plain, merged, at_once, total),
     }
+    del small
     shown: dict[str, Callable[[np.ndarray], np.ndarray]] = {name: engine.show for name, engine in engines.items()}
     rng = np.random.default_rng(0)
     frames = rng.normal(size=(total, args.tokens, args.features)).astype(np.float32)
