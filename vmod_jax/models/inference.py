@@ -43,7 +43,7 @@ def unstack(params: Any) -> Any:
     """The same parameters with arrays of their own for every layer: `layers`, leaves [L, ...], -> a tuple `unstacked`.
 
     What is computed is the same. A frame's few tokens are soon done with a layer's weights, and copying them out of the
-    stack, as XLA does on CPUs and GPUs before a layer reads them, would take longer than reading them.
+    stack, as XLA does on any device before a layer reads them, would take longer than reading them.
     """
     llama = dict(params["llama"])
     if "unstacked" in llama:
