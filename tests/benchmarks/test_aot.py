@@ -1,12 +1,15 @@
 """`vmod bench aot`: the collectives counted in compiled text, and (slow) a full-size step compiled for a TPU."""
 
+import argparse
 import json
 import subprocess
 import sys
 
 import pytest
 
+from vmod_jax.benchmarks import aot
 from vmod_jax.benchmarks.aot import CASES, TARGETS, _line, collective_bytes, compare, cuda_plugin, library
+from vmod_jax.errors import UserError
 
 # A loop of 3 around a loop of 8 in steps of 2, as the TPU's compiler writes them.
 TEXT = """\
@@ -135,6 +138,27 @@ def test_a_step_that_is_too_large_is_said_whether_it_compiles_or_not():
         _line({"fits": False, "error": "RESOURCE_EXHAUSTED: 20 of 16"}) == "does not fit: RESOURCE_EXHAUSTED: 20 of 16"
     )
     assert not _line(result | {"fits": True}).startswith("does not fit")
+
+
+def test_without_a_compiler_nothing_is_begun(monkeypatch):
+    """Cases that nobody named are those that can be compiled; a named one that cannot is refused before the others."""
+    begun = []
+    monkeypatch.setattr(aot, "compile_case", lambda case, *_: begun.append(case.target) or {"fits": False, "error": ""})
+    monkeypatch.setattr(aot, "library", lambda: "libtpu.so")
+    monkeypatch.setattr(aot, "cuda_plugin", lambda: False)
+    run = lambda *cases, quick=False: aot.run(argparse.Namespace(cases=list(cases), quick=quick))  # noqa: E731
+    run()
+    assert {TARGETS[target].platform for target in begun} == {"tpu"}
+    begun.clear()
+    with pytest.raises(UserError, match="no CUDA plug-in"):
+        run("8b-v5e-16-600x10", "8b-h200-stream")
+    monkeypatch.setattr(aot, "library", lambda: None)
+    with pytest.raises(UserError, match="no libtpu"):
+        run()
+    assert not begun
+    monkeypatch.setattr(aot, "cuda_plugin", lambda: True)
+    run(quick=True)
+    assert begun == ["h200", "h200"]
 
 
 def test_every_case_names_a_slice_whose_chips_it_uses():

@@ -37,8 +37,9 @@ from vmod_jax.errors import UserError
 from vmod_jax.models.depth import make_policy
 from vmod_jax.models.flops import LLAMA_3_8B
 from vmod_jax.models.inference import merge_lora, to_int8, unstack
+from vmod_jax.models.kv_cache import num_bytes
 from vmod_jax.models.llama import NO_LORA, LlamaConfig, LoraConfig
-from vmod_jax.models.video_lm import DTYPES, VideoLM, VideoLMConfig, cache_slots, init_params, make_cache
+from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params, make_cache
 from vmod_jax.streaming.engine import Programs, frames_chunk
 from vmod_jax.train import abstract_state, make_step
 from vmod_jax.training.config import defaults
@@ -118,14 +119,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Compiles each case under the method and under full compute, and holds one against the other.
 
-    --quick: with the compiler's least effort, and where no case is named the first alone. What such a step needs is
-    close to, but not, what a training run's needs.
+    Where no case is named, all those whose compiler is installed. --quick: with the compiler's least effort, and where
+    no case is named the first alone. What such a step needs is close to, but not, what a training run's needs.
     """
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
         raise UserError(f"there is no case {unknown[0]}: use {', '.join(CASES)}")
+    missing = {name: no_compiler(TARGETS[case.target].platform) for name, case in CASES.items()}
+    names = args.cases or [name for name in CASES if not missing[name]][: 1 if args.quick else None]
+    for reason in filter(None, (missing[name] for name in names or CASES)):
+        raise UserError(reason)  # before anything is compiled
     rows, compiles = [], []
-    for name in args.cases or list(CASES)[: 1 if args.quick else None]:
+    for name in names:
         pair = {policy: compile_case(CASES[name], policy, -1.0 if args.quick else 0.0) for policy in ("full", "mod")}
         for policy, result in pair.items():
             compiles.append({"case": name, "policy": policy, **CASES[name]._asdict(), **result})
@@ -139,16 +144,14 @@ def compare(name: str, case: Case, candidate: dict[str, Any], baseline: dict[str
     frame adds to a stream's cache); those that both compiles have."""
     config, train = model_config(case, "mod"), case.step == "train"
     stream = Stream(case.frames, case.tokens, TEXT if train else case.frames)
-    formula = {"aot_cache": carried_ratio(config, stream)}
-    if train:
-        formula["aot_flops"] = ratio_of_formula(config, stream, case.remat)
+    formula = {"aot_flops": ratio_of_formula(config, stream, case.remat), "aot_cache": carried_ratio(config, stream)}
     more: dict[str, Any] = {"dtype": "bfloat16", "remat": case.remat if train else None, "target": case.target}
     more |= stream.row_keys()
-    kinds = {"aot_memory": "total", "aot_flops": "flops", "aot_collectives": "collective", "aot_cache": "frame"}
-    keys = {kind: key if key == "flops" else f"{key}_bytes" for kind, key in kinds.items()}
+    kinds = {"aot_memory": "total_bytes", "aot_flops": "flops"}
+    kinds |= {"aot_collectives": "collective_bytes", "aot_cache": "frame_bytes"}
     return [
         row(name, kind, candidate[key], baseline[key], formula_ratio=formula.get(kind), **more)
-        for kind, key in keys.items()
+        for kind, key in kinds.items()
         if key in candidate and baseline.get(key)
     ]
 
@@ -232,6 +235,13 @@ def cuda_plugin() -> bool:
     return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
+def no_compiler(platform: str) -> str | None:
+    """What to do for want of a platform's compiler; None where it is installed."""
+    if platform == "cuda":
+        return None if cuda_plugin() else "no CUDA plug-in of JAX, which compiles for GPUs: pip install '.[cuda]'"
+    return None if library() else "no libtpu, XLA's compiler for TPUs: get it as the head of benchmarks/aot.py says"
+
+
 # What XLA asks a GPU of NVIDIA's Hopper generation about itself, and what distinguishes H100 from H200.
 HOPPER = """
 gpu_device_info {{
@@ -251,24 +261,19 @@ device_description_str: "{name}"
 
 
 def devices(target: Target) -> Sequence[Any]:
-    """The chips of a slice, or the GPUs of a machine, that are not here. Raises UserError without their compiler."""
+    """The chips of a slice, or the GPUs of a machine, that are not here; their compiler is (`no_compiler`)."""
     from jax.experimental import topologies
 
+    jax.config.update("jax_platforms", "cpu")
     if target.platform == "cuda":
-        if not cuda_plugin():
-            raise UserError("no CUDA plug-in of JAX, which compiles for GPUs: pip install '.[cuda]'")
-        jax.config.update("jax_platforms", "cpu")
         name, bandwidth = ("NVIDIA H200", 4.8e12) if target.hbm_gib > 80 else ("NVIDIA H100", 3.35e12)
         text = HOPPER.format(memory=target.hbm_gib * 2**30, bandwidth=int(bandwidth), name=name)
         described = topologies.get_topology_desc(name, "cuda", topology=target.topology, target_config=text)
         assert len(described.devices) == target.chips
         return described.devices
-    if (place := library()) is None:
-        raise UserError("no libtpu, XLA's compiler for TPUs: get it as the head of vmod_jax/benchmarks/aot.py says")
-    os.environ["TPU_LIBRARY_PATH"] = place
+    os.environ["TPU_LIBRARY_PATH"] = str(library())
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody is there to be asked
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is there to be locked
-    jax.config.update("jax_platforms", "cpu")
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if target.chips == 1 else {}
     found = topologies.get_topology_desc(target.topology, "tpu", **bounds).devices
     assert len(found) == target.chips, (target, len(found))
@@ -332,10 +337,8 @@ def _lower_frame(case: Case, policy: str, chips: Sequence[Any], change: Any = me
 
     place = SingleDeviceSharding(chips[0])
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(arguments))
-    slots = sum(cache_slots(config, 2, 2)) - sum(cache_slots(config, 1, 1))
-    c = config.llama
-    frame_bytes = slots * 2 * c.num_key_value_heads * c.head_dim * DTYPES[config.dtype].dtype.itemsize
-    return Programs(config).extend.lower(*given), {"frame_bytes": frame_bytes}
+    held = [num_bytes(jax.eval_shape(lambda: make_cache(config, frames, frames))) for frames in (1, 2)]  # noqa: B023
+    return Programs(config).extend.lower(*given), {"frame_bytes": held[1] - held[0]}
 
 
 STEPS = {

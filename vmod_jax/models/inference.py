@@ -68,8 +68,14 @@ _split = jax.jit(jnp.unstack)
 def _linears(params: Any, change: Any) -> Any:
     """The parameters with `change` made to the leaves of every linear layer of the decoder."""
     llama = dict(params["llama"])
-    layers = llama["layers"].items()
-    llama["layers"] = {name: change(leaves) if name in LINEARS else leaves for name, leaves in layers}
+
+    def changed(layers):
+        return {name: change(leaves) if name in LINEARS else leaves for name, leaves in layers.items()}
+
+    if "unstacked" in llama:
+        llama["unstacked"] = tuple(map(changed, llama["unstacked"]))
+    else:
+        llama["layers"] = changed(llama["layers"])
     if "head" in llama:
         llama["head"] = change(llama["head"])
     return {**params, "llama": llama}

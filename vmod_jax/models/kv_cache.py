@@ -98,5 +98,5 @@ def roll_back(cache: Cache, position: Array, frames: Array) -> Cache:
 
 
 def num_bytes(cache: Cache) -> int:
-    """Bytes that the keys and values take."""
-    return sum(layer.key.nbytes + layer.value.nbytes for layer in cache.layers)
+    """Bytes that the keys and values take, of arrays or of their shapes."""
+    return sum(x.size * x.dtype.itemsize for layer in cache.layers for x in (layer.key, layer.value))

@@ -443,7 +443,7 @@ def _run_one_by_one(rows: _Rows, policy: Policy, x: Array, cache: Cache | None):
     decided: dict[int, Routed] = {}
     for i, spec in enumerate(policy):
         params = rows.params[i] if isinstance(rows.params, tuple) else _one(rows.params, i)
-        replay = None if rows.replay is None else rows.replay.get(i)
+        replay = rows.replay[i] if rows.replay is not None and spec.selector is not None else None
         x, caches[i], routed = _run_layer(rows, spec, None, params, by_rows(x), i, caches[i], replay)
         if routed is not None:
             decided[i] = routed
