@@ -31,8 +31,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from vmod_jax.bench import row
-from vmod_jax.benchmarks.setup import Stream, flops_of_step, ratio_of_formula
-from vmod_jax.benchmarks.train_step import carried_ratio
+from vmod_jax.benchmarks.setup import Stream, carried_ratio, flops_of_step, ratio_of_formula
 from vmod_jax.errors import UserError
 from vmod_jax.models.depth import make_policy
 from vmod_jax.models.flops import LLAMA_3_8B

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vmod_jax.data.conversation import IGNORE
-from vmod_jax.models.depth import kept_counts, make_policy
+from vmod_jax.models.depth import make_policy
 from vmod_jax.models.flops import formula_ratio, step_flops
 from vmod_jax.models.llama import REMAT, LlamaConfig, LoraConfig
 from vmod_jax.models.video_lm import DTYPES, VideoLMConfig, init_params
@@ -136,11 +136,16 @@ def _thirds(frames: int) -> tuple[int, ...]:
 
 def ratio_of_formula(config: VideoLMConfig, stream: Stream, passes: str) -> float:
     """The formula's ratio of this model under its policy to the full one; passes: "forward" or a rematerialisation."""
-    kept = kept_counts(config.policy, stream.tokens)
-    return formula_ratio(config.llama, kept, stream.frames, stream.tokens, stream.text, config.lora.rank, passes)
+    c = config
+    return formula_ratio(c.llama, c.kept, stream.frames, stream.tokens, stream.text, c.lora.rank, passes)
 
 
 def flops_of_step(config: VideoLMConfig, stream: Stream, labels: int) -> float:
     """FLOPs that a step does by the formula: what it computes again and the head included, the connector left out."""
-    kept = kept_counts(config.policy, stream.tokens)
-    return step_flops(config.llama, kept, stream.frames, stream.text, config.lora.rank, config.remat, labels=labels)
+    c = config
+    return step_flops(c.llama, c.kept, stream.frames, stream.text, c.lora.rank, c.remat, labels=labels)
+
+
+def carried_ratio(config: VideoLMConfig, stream: Stream) -> float:
+    """Tokens of all layers, each its own, over those of full ones: what is kept for the backward pass, or cached."""
+    return sum(stream.text + k * stream.frames for k in config.kept) / (len(config.kept) * stream.size)

@@ -15,8 +15,7 @@ import numpy as np
 
 from vmod_jax.bench import interleave, pair, print_table, row
 from vmod_jax.benchmarks.peer import Peer
-from vmod_jax.benchmarks.setup import Stream, add_model_arguments, make_config, make_params
-from vmod_jax.benchmarks.train_step import carried_ratio
+from vmod_jax.benchmarks.setup import Stream, add_model_arguments, carried_ratio, make_config, make_params
 from vmod_jax.models.inference import merge_lora, to_int8, unstack
 from vmod_jax.models.video_lm import VideoLMConfig
 from vmod_jax.streaming.engine import Engine, Programs

@@ -23,6 +23,7 @@ from vmod_jax.benchmarks.peer import Peer, available
 from vmod_jax.benchmarks.setup import (
     Stream,
     add_model_arguments,
+    carried_ratio,
     flops_of_step,
     make_batch,
     make_config,
@@ -30,7 +31,7 @@ from vmod_jax.benchmarks.setup import (
     ratio_of_formula,
 )
 from vmod_jax.errors import UserError
-from vmod_jax.models.depth import FULL, kept_counts, segments
+from vmod_jax.models.depth import FULL, segments
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig
 from vmod_jax.train import State, make_loss, make_step
 from vmod_jax.training import config as configuration
@@ -138,12 +139,6 @@ def bytes_in_units_of(config: VideoLMConfig, dense: VideoLMConfig, params: Any, 
     units = [dataclasses.replace(s, unit=(FULL,) * len(s.unit)) for s in segments(config.policy)]
     with mock.patch("vmod_jax.models.llama.segments", return_value=tuple(units)):
         return Step(dense, params, batch).temporary_bytes
-
-
-def carried_ratio(config: VideoLMConfig, stream: Stream) -> float:
-    """What all layers keep for the backward pass over what full ones do: their tokens, each layer its own."""
-    kept = kept_counts(config.policy, stream.tokens)
-    return sum(stream.text + k * stream.frames for k in kept) / (len(kept) * stream.size)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
