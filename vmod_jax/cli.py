@@ -21,6 +21,7 @@ COMMANDS = {
     "train": Command("train", "main", "train a model, or go on with a run"),
     "evaluate": Command("evaluate", "main", "score a checkpoint"),
     "stream": Command("stream", "main", "stream a video file and print what the model says"),
+    "serve": Command("serve", "main", "a page on which a model watches a camera, a screen or a video file"),
     "routing": Command("study.routing_command", "main", "what the LayerExperts of a model choose: a table, pictures"),
     "arank": Command("study.arank", "main", "which layers to route, by the rank of their attention maps"),
     "data": Command("data.command", "main", "make or prepare a data set"),

@@ -202,3 +202,20 @@ def test_matroska(clips):
     assert not got.frames[:, :21].any()
     assert not got.frames[:, 75:].any()
     assert got.frames[:, 22:74].mean() > 20
+
+
+def test_a_jpeg_is_a_frame():
+    """A picture from a browser is laid out as a video's frame is: the longer side fills, the rest is zeros."""
+    codec = av.CodecContext.create("mjpeg", "w")
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = 64, 32, "yuvj444p", Fraction(1, 2)
+    image = np.concatenate([plain(2, 32, 32)[0], plain(2, 32, 32)[1]], axis=1)
+    packets = codec.encode(av.VideoFrame.from_ndarray(image, format="rgb24"))
+    data = b"".join(bytes(packet) for packet in [*packets, *codec.encode(None)])
+    seen = video.picture(data, 32)
+    assert (seen.shape, seen.dtype) == ((32, 32, 3), np.uint8)
+    assert not seen[:8].any()
+    assert not seen[24:].any()
+    np.testing.assert_allclose(seen[16, [4, 28]].astype(int), COLOURS[:2], atol=12)
+    for broken in (b"", data[:2], b"GIF89a"):
+        with pytest.raises(UserError, match=f"a picture of {len(broken)} bytes is not a JPEG"):
+            video.picture(broken, 32)

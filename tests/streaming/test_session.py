@@ -22,7 +22,7 @@ from vmod_jax.models.depth import make_policy
 from vmod_jax.models.llama import LlamaConfig, rms_norm
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params
 from vmod_jax.streaming.engine import Engine, Programs
-from vmod_jax.streaming.session import Session, Turn, wants_to_speak
+from vmod_jax.streaming.session import Session, Turn, silence, wants_to_speak
 
 D_V, FPS = 4, 2.0
 REPLIES = ("A red ball rolls.", "It stops.", "You are cooking [, I think]", "Nothing.\nUser: me?", "x")
@@ -320,6 +320,7 @@ def test_frames_that_do_not_fit_leave_the_stream_as_it_was(formats):
 def test_the_rule():
     """P(interval) < threshold speaks, and so does another first choice, whatever the threshold."""
     logits = np.log(np.array([[0.7, 0.3], [0.8, 0.2], [0.4, 0.6]], np.float32))
+    np.testing.assert_allclose(silence(logits, 0), [0.7, 0.8, 0.4], rtol=1e-6)
     assert wants_to_speak(logits, 0, 0.725).tolist() == [True, False, True]
     assert wants_to_speak(logits, 0, 0.0).tolist() == [False, False, True]
     assert wants_to_speak(logits, 0, 1.0).tolist() == [True, True, True]
@@ -438,7 +439,7 @@ def test_one_compile_for_each_chunk_and_capacity(lm, streamed, seen):
 def test_several_frames_at_once_say_the_same(lm, threshold):
     """The model speaks in the middle of a call: it is rolled back, and goes on as if it had never seen more."""
     frames, questions = draw_frames(16, seed=3), [(2.0, "Q"), (4.3, "?"), (9.0, "R")]
-    runs = []
+    runs, silences = [], []
     for width in (1, 5):
         session = lm.stream(threshold=threshold, max_frames=80, max_reply=3, width=width)
         for time, text in questions:
@@ -446,7 +447,10 @@ def test_several_frames_at_once_say_the_same(lm, threshold):
         session.push_many(frames)
         session.finish()
         runs.append((session.turns, session.engine.input_ids))
+        silences.append(session.silence)
     assert runs[0] == runs[1]
+    np.testing.assert_allclose(*silences, atol=1e-5)
+    assert len(silences[0]) == 16
     spoken = [turn for turn in runs[0][0] if turn.role == "assistant"]
     assert 6 <= len(spoken) <= 16
 

@@ -83,6 +83,18 @@ def probe(path: str | Path) -> VideoInfo:
         return VideoInfo(round(width), round(height), duration, float(rate) if rate else None)
 
 
+def picture(data: bytes, size: int) -> np.ndarray:
+    """A JPEG as `decode` would give it: u8[size, size, 3] RGB. Raises UserError for bytes that are none."""
+    codec: Any = av.CodecContext.create("mjpeg", "r")
+    try:
+        frames = [*codec.decode(av.Packet(data)), *codec.decode(None)] if data else []
+    except FFmpegError:
+        frames = []
+    if not frames:
+        raise UserError(f"a picture of {len(data)} bytes is not a JPEG that can be decoded")
+    return letterbox(Shown(frames[0], Fraction(1)), size)
+
+
 def write(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
     """Writes u8[H, W, 3] RGB frames (H and W even) as an h264 mp4 with one frame every 1/fps seconds.
 

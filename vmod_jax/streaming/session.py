@@ -50,8 +50,6 @@ class Session:
         width: int = 8,
         announce: Callable[[str], None] = lambda line: None,
     ):
-        if not 0 <= threshold <= 1:
-            raise UserError(f"threshold {threshold} is outside [0, 1]: it is a probability, 0 asks for argmax alone")
         if min(width, max_reply) < 1:
             raise UserError(f"width {width} and max_reply {max_reply} must be at least 1")
         self.engine = Engine(programs, params, max_frames, announce=announce)
@@ -59,12 +57,23 @@ class Session:
         self.threshold, self.max_reply, self.width = threshold, max_reply, width
         self.turns: list[Turn] = []
         self.frames = 0
+        self.silence: list[float] = []  # P(interval) after each frame
         self._in_stream = False  # whether a "[" is open
         self._pending_ids: list[int] = []  # tokens that wait for the text behind them
         self._pending_text = fmt.opening(system)
         self._queries: list[Query] = []  # in order of time
 
     # --- what a user calls --------------------------------------------------------------------------------------------
+
+    @property
+    def threshold(self) -> float:
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise UserError(f"threshold {value} is outside [0, 1]: it is a probability, 0 asks for argmax alone")
+        self._threshold = value
 
     @property
     def next_time(self) -> float:
@@ -106,9 +115,10 @@ class Session:
         while queue:
             self._answer_until(self.frames - SNAP)
             chunk = queue[: self._frames_until_query()]
-            speaks = self._show(np.stack(chunk))
+            speaks, silence = self._show(np.stack(chunk))
             shown = len(chunk) if speaks is None else speaks + 1
             self.frames += shown
+            self.silence += silence[:shown].tolist()
             if speaks is not None and shown < len(chunk):
                 self.engine.forget_frames(len(chunk) - shown, self.fmt.interval_ids)
             queue = queue[shown:]
@@ -135,15 +145,15 @@ class Session:
             count = min(count, int(self._queries[0].place) - self.frames + 1)
         return max(1, count)
 
-    def _show(self, frames: np.ndarray) -> int | None:
-        """Feeds frames; -> index of the first after which the model wants to speak."""
+    def _show(self, frames: np.ndarray) -> tuple[int | None, np.ndarray]:
+        """Feeds frames; -> index of the first after which the model wants to speak, f64[m] P(interval)."""
         text = self._pending_text + (self.fmt.interval if self._in_stream else self.fmt.open_stream)
         ids = self._pending_ids + self.fmt.tokenize(text)
         width = 1 if len(frames) == 1 else self.width
         logits = self.engine.feed_frames(ids, frames, self.fmt.interval_ids, width)
         self._pending_ids, self._pending_text, self._in_stream = [], "", True
         speaks = np.flatnonzero(wants_to_speak(logits, self.fmt.interval_id, self.threshold))
-        return int(speaks[0]) if len(speaks) else None
+        return int(speaks[0]) if len(speaks) else None, silence(logits, self.fmt.interval_id)
 
     def _answer_until(self, place: float) -> None:
         """Answers the questions of up to `place` frames."""
@@ -167,9 +177,13 @@ class Session:
         return said
 
 
-def wants_to_speak(logits: np.ndarray, interval_id: int, threshold: float) -> np.ndarray:
-    """The rule after each frame: P(interval) < threshold, or the interval is not the argmax. f32[m, V] -> bool[m]."""
+def silence(logits: np.ndarray, interval_id: int) -> np.ndarray:
+    """P(interval), the probability of staying silent. f32[m, V] -> f64[m]."""
     logits = logits.astype(np.float64)
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    silent = shifted[:, interval_id] / shifted.sum(-1)
-    return (silent < threshold) | (logits.argmax(-1) != interval_id)
+    return shifted[:, interval_id] / shifted.sum(-1)
+
+
+def wants_to_speak(logits: np.ndarray, interval_id: int, threshold: float) -> np.ndarray:
+    """The rule after each frame: P(interval) < threshold, or the interval is not the argmax. f32[m, V] -> bool[m]."""
+    return (silence(logits, interval_id) < threshold) | (logits.argmax(-1) != interval_id)

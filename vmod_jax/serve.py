@@ -1,0 +1,257 @@
+"""`vmod serve`: a page on which a model watches a camera, a screen or a video file, and speaks while it does.
+
+The page (`serve_page.html`) takes `fps` pictures a second and sends each over a web socket, one socket a stream.
+Streams share the model, which computes for one of them at a time. Messages are JSON, but for the pictures:
+
+    page -> server   a JPEG                  the next frame
+                     {"ask": TEXT}           answered at once; before the first frame, with it
+                     {"threshold": P}        from the next frame on
+    server -> page   {"hello": {...}}        once: name, fps, size, max_frames, threshold, window
+                     {"frames": ..., ...}    after each piece of work: what `Live.take` returns
+                     {"errors": [TEXT]}      the stream is over
+
+The page keeps at most `window` frames on their way: of a camera frames are left out then (and counted), a file waits.
+"""
+
+import asyncio
+import itertools
+import json
+import logging
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from vmod_jax.data.conversation import NARRATION_INSTRUCTION
+from vmod_jax.data.video import picture
+from vmod_jax.errors import ArgumentParser, UserError
+from vmod_jax.lm import LanguageModel, load
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import FileResponse
+    from starlette.routing import Route, WebSocketRoute
+    from starlette.websockets import WebSocket, WebSocketDisconnect
+except ImportError as error:
+    raise UserError(f"vmod serve needs {error.name}, of the extra serve: pip install '.[serve]'") from error
+
+log = logging.getLogger(__name__)
+
+PAGE = Path(__file__).with_name("serve_page.html")
+LARGEST = 2**22  # bytes of a message
+LOCAL = ("localhost", "127.0.0.1")
+
+
+class Live:
+    """One stream, and what its page has not been told yet. options: those of `LanguageModel.stream`."""
+
+    def __init__(self, lm: LanguageModel, instruction: str, **options: Any):
+        if lm.config.vision is None:
+            raise UserError("this model has no vision tower: import one with it (vmod import --vision) to serve it")
+        self.size = lm.config.vision.image_size
+        self.notes: list[str] = []
+        self.session = lm.stream(announce=self.notes.append, **options)
+        if instruction:
+            self.session.ask(instruction, 0.0)
+
+    def take(self, messages: Sequence[bytes | str]) -> dict[str, Any]:
+        """Works off messages in their order, frames that follow one another together.
+
+        -> {taken: pictures among them; frames: seen so far; silence: P(interval) after each new one; turns, notes,
+        errors: the new ones; seconds: what this took; cache_bytes}. A message that cannot be used is one line of
+        errors, and the stream goes on.
+        """
+        session, errors, began = self.session, [], time.perf_counter()
+        frames, turns = session.frames, len(session.turns)
+        for _, group in itertools.groupby(messages, type):
+            pictures = []
+            for message in group:
+                with _collect(errors):
+                    if isinstance(message, str):
+                        self._obey(message)
+                    else:
+                        pictures.append(picture(message, self.size))
+            with _collect(errors):
+                session.push_many(pictures)
+        notes = self.notes.copy()
+        self.notes.clear()
+        return {
+            "taken": sum(isinstance(message, bytes) for message in messages),
+            "frames": session.frames,
+            "silence": session.silence[frames:],
+            "turns": [turn._asdict() for turn in session.turns[turns:]],
+            "notes": notes,
+            "errors": errors,
+            "seconds": time.perf_counter() - began,
+            "cache_bytes": session.cache_bytes,
+        }
+
+    def _obey(self, message: str) -> None:
+        try:
+            said = json.loads(message)
+        except ValueError:
+            said = None
+        match said:
+            case {"ask": str(text)} if text.strip():
+                # Behind the frames that came before it, and before those that come next.
+                self.session.ask(text.strip(), max(0, self.session.frames - 1) / self.session.fps)
+            case {"threshold": int() | float() as value}:
+                self.session.threshold = value
+            case _:
+                raise UserError('a message is a JPEG, {"ask": TEXT} or {"threshold": P}, not ' + repr(message[:80]))
+
+
+@contextmanager
+def _collect(errors: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        errors.append(str(error))
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """The page and its streams. At most `streams` at once; hosts: names under which browsers may call it (any)."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        name: str = "",
+        instruction: str = NARRATION_INSTRUCTION,
+        streams: int = 4,
+        hosts: Sequence[str] = ("*",),
+        **options: Any,
+    ):
+        self.lm, self.name, self.instruction, self.options = lm, name, instruction, options
+        self.streams, self.open = streams, 0
+        self.model = ThreadPoolExecutor(1, "model")  # one stream at a time, and none of them in the way of the sockets
+        self.app = Starlette(
+            routes=[Route("/", self.page), WebSocketRoute("/stream", self.stream)],
+            # Of other names, one might be an attacker's that leads here.
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+        )
+
+    async def page(self, request: Any) -> FileResponse:
+        return FileResponse(PAGE, headers={"Cache-Control": "no-store"})
+
+    async def stream(self, ws: WebSocket) -> None:
+        """One stream, from its socket's opening to its end."""
+        origin = ws.headers.get("origin")
+        if origin and urlsplit(origin).netloc != ws.headers.get("host"):
+            return await ws.close()  # a page of somebody else's
+        await ws.accept()
+        if self.open >= self.streams:
+            full = f"{self.open} streams are open, as many as this server takes: close one, or start it with --streams"
+            await ws.send_json({"errors": [full]})
+            return await ws.close()
+        self.open += 1
+        inbox: asyncio.Queue[bytes | str | None] = asyncio.Queue(64)
+        receiving = asyncio.create_task(_receive(ws, inbox))
+        try:
+            await self._converse(ws, inbox)
+        except WebSocketDisconnect:
+            pass
+        except Exception as error:
+            log.exception("a stream broke off")
+            await ws.send_json({"errors": [f"the stream broke off: {error}"[:500]]})
+            await ws.close(1011)
+        finally:
+            receiving.cancel()
+            self.open -= 1
+
+    async def _converse(self, ws: WebSocket, inbox: asyncio.Queue[bytes | str | None]) -> None:
+        run = asyncio.get_running_loop().run_in_executor
+        live = await run(self.model, lambda: Live(self.lm, self.instruction, **self.options))
+        session = live.session
+        hello = {
+            "name": self.name,
+            "fps": session.fps,
+            "size": live.size,
+            "max_frames": session.engine.max_frames,
+            "threshold": session.threshold,
+            "window": 2 * session.width,  # as one call computes, another waits
+        }
+        await ws.send_json({"hello": hello})
+        while True:
+            queued = [await inbox.get()]
+            # No more than a call's frames, so that other streams get their turn.
+            while not inbox.empty() and len(queued) < session.width:
+                queued.append(inbox.get_nowait())
+            messages = [message for message in queued if message is not None]
+            if len(messages) < len(queued):
+                return  # nobody is there to hear more
+            await ws.send_json(await run(self.model, live.take, messages))
+
+
+async def _receive(ws: WebSocket, inbox: asyncio.Queue[bytes | str | None]) -> None:
+    while (message := await ws.receive())["type"] == "websocket.receive":
+        await inbox.put(message.get("bytes") or message.get("text") or "")
+    await inbox.put(None)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def warm_up(server: Server) -> None:
+    """Compiles what streams begin with, while nobody waits. Raises UserError for a model that cannot watch."""
+    live = Live(server.lm, server.instruction, **server.options)
+    black = np.zeros((live.size, live.size, 3), np.uint8)
+    live.session.push(black)
+    live.session.push_many([black] * min(live.session.width, live.session.engine.max_frames - 1))
+    live.session.ask("?", 0.0)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens (port 0: at any free one); whoever comes already, waits. Raises UserError."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port {port}: ports go from 0 to {2**16 - 1}")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; give another --port or --host"
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser("vmod serve", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--workdir", required=True, help="a trained or imported model")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one (8000)")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: all of the network, without a password")
+    parser.add_argument("--instruction", default=NARRATION_INSTRUCTION, help="said at the first frame ('' for none)")
+    parser.add_argument("--threshold", type=float, default=0.725, help="speak where P(stay silent) is below (0.725)")
+    parser.add_argument("--max-frames", type=int, default=1200, help="of a stream")
+    parser.add_argument("--max-reply", type=int, default=64, help="tokens")
+    parser.add_argument("--prefill", type=int, default=8, metavar="M", help="waiting frames computed in one call (8)")
+    parser.add_argument("--int8", action="store_true", help="decoder weights of 8 bits: half the memory to read")
+    parser.add_argument("--streams", type=int, default=4, help="open at once; each has a cache of its own (4)")
+    args = parser.parse_args(argv)
+    if min(args.max_frames, args.prefill, args.max_reply, args.streams) < 1:
+        raise UserError("--max-frames, --prefill, --max-reply and --streams must be at least 1")
+    with listen(args.host, args.port) as bound:
+        lm = load(args.workdir)
+        lm = lm.int8 if args.int8 else lm.merged  # what they are made of need not stay
+        server = Server(
+            lm, Path(args.workdir).resolve().name, args.instruction, args.streams,
+            hosts=LOCAL if args.host in LOCAL else ("*",), threshold=args.threshold,
+            max_frames=args.max_frames, max_reply=args.max_reply, width=args.prefill,
+        )  # fmt: skip
+        print("compiling ...", flush=True)
+        warm_up(server)
+        shown, port = "localhost" if args.host in (*LOCAL, "0.0.0.0") else args.host, bound.getsockname()[1]
+        print(f"open http://{shown}:{port}/ in a browser (Ctrl-C ends)")
+        print(f"from another machine: ssh -L {port}:localhost:{port} THIS-MACHINE, then the same", flush=True)
+        options: dict[str, Any] = {"ws": "websockets-sansio", "ws_max_size": LARGEST, "timeout_graceful_shutdown": 1}
+        uvicorn.Server(uvicorn.Config(server.app, log_level="warning", **options)).run(sockets=[bound])
+    return 0
