@@ -77,6 +77,27 @@ def test_stream(tmp_path):
     assert [entry["kind"] for entry in results["rows"]].count("peer") == 2
 
 
+def test_a_gpu_without_room_for_pytorch_loses_nothing_else(tmp_path, monkeypatch, caplog):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("peft")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.\nMore about it")
+
+    monkeypatch.setattr("vmod_jax.benchmarks.peer.Peer.step", full)
+    results = run(tmp_path, "train-step", *TINY, "--streams", "5x6+20", "--rounds", "1")
+    assert [entry["kind"] for entry in results["rows"]].count("train_step") == 1
+    assert "peer" not in [entry["kind"] for entry in results["rows"]]
+    (line,) = results["checks"][0]["left_out"]
+    assert line in caplog.text
+    assert line.startswith("PyTorch is left out, there was no room for it: CUDA out of memory. Tried to allocate 16.00")
+    assert "XLA_PYTHON_CLIENT_ALLOCATOR=platform" in line
+    monkeypatch.setattr("vmod_jax.benchmarks.stream.Theirs.feed", full)
+    results = run(tmp_path, "stream", *TINY, "--tokens", "5", "--context", "6", "--at-once", "3", "--rounds", "1")
+    assert len(results["left_out"]) == 1
+    assert {entry["kind"] for entry in results["rows"]} == {"stream", "int8", "prefill", "cache"}
+
+
 def test_routing_and_attention(tmp_path):
     rows = run(tmp_path, "routing", *TINY, "--streams", "5x6+20", "--rounds", "1")["rows"]
     assert [entry["name"] for entry in rows] == ["5x6+20 forward routing/layer", "5x6+20 gradient routing/layer"]
@@ -86,6 +107,9 @@ def test_routing_and_attention(tmp_path):
         f"40 {what} blocked/reference" for what in ("forward", "gradient", "against a cache")
     ]
     assert all(entry["apart_from_reference"] < 1e-6 for entry in results["rows"])
+    apart = results["apart_on_packed_and_padded"]
+    assert apart.keys() == {"out", "dq", "dk", "dv", "cache"}
+    assert 0 < max(apart.values()) < 1e-5
 
 
 def test_decode_video(tmp_path):

@@ -5,8 +5,12 @@ connector into `inputs_embeds`, logits at every position, AdamW. It has no routi
 copied from ours, so that both compute the same numbers.
 """
 
+import gc
 import importlib.util
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,8 @@ import numpy as np
 from vmod_jax import bench
 from vmod_jax.errors import UserError
 from vmod_jax.models.video_lm import VideoLMConfig
+
+log = logging.getLogger(__name__)
 
 LINEARS = {
     "q": "self_attn.q_proj",
@@ -29,6 +35,20 @@ LINEARS = {
 def available() -> bool:
     """Whether torch, transformers and peft are installed (`pip install vmod_jax[torch]`)."""
     return all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft"))
+
+
+@contextmanager
+def unless_full(left_out: list[str]) -> Iterator[None]:
+    """Goes on without PyTorch where its GPU has no room for it beside ours: says so, and adds a line to `left_out`."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        advice = "XLA_PYTHON_CLIENT_ALLOCATOR=platform gives our memory back between steps, or take --no-peer"
+        left_out.append(f"PyTorch is left out, there was no room for it: {reason}; {advice}")
+        log.warning(left_out[-1])
 
 
 class Peer:
@@ -54,9 +74,11 @@ class Peer:
             max_position_embeddings=c.max_position_embeddings, tie_word_embeddings=False, use_cache=not training,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         )  # fmt: skip
-        llama._attn_implementation = self.attention = "flash_attention_2" if flash else "sdpa"
+        self.attention = "flash_attention_2" if flash else "sdpa"
         with torch.device(self.device):
-            model: Any = transformers.LlamaForCausalLM(llama).to(self.dtype)
+            model: Any = transformers.AutoModelForCausalLM.from_config(
+                llama, dtype=self.dtype, attn_implementation=self.attention
+            )
             adapters = peft.LoraConfig(
                 r=config.lora.rank, lora_alpha=int(config.lora.alpha), lora_dropout=config.lora.dropout,
                 target_modules=[*(path.split(".")[1] for path in LINEARS.values()), "lm_head"],
@@ -106,6 +128,19 @@ class Peer:
         for module, name in ((self.connector[0], "in"), (self.connector[2], "out")):
             put(module.weight, params["connector"][name]["kernel"])
             put(module.bias, params["connector"][name]["bias"], turned=False)
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives its memory back, so that what comes next has the GPU to itself."""
+        torch = self.torch
+        vars(self).clear()
+        gc.collect()  # models refer to themselves
+        torch.cuda.empty_cache()
 
     def put(self, array: np.ndarray) -> Any:
         """To the peer's device."""

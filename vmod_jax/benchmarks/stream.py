@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vmod_jax.bench import interleave, pair, print_table, row
-from vmod_jax.benchmarks.peer import Peer
+from vmod_jax.benchmarks.peer import Peer, unless_full
 from vmod_jax.benchmarks.setup import Stream, add_model_arguments, carried_ratio, make_config, make_params
 from vmod_jax.models.inference import merge_lora, to_int8, unstack
 from vmod_jax.models.video_lm import VideoLMConfig
@@ -77,6 +77,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     method = make_config(args, args.policy, args.tokens)
     dense = make_config(args, "full", args.tokens)
     params = make_params(method)
+    theirs: Theirs | None = None
+    left_out: list[str] = []
+    if not args.no_peer:
+        with unless_full(left_out):
+            theirs = Theirs(Peer(dense, params, training=False))
     # Policies share their weights: of a large model there is no room for many copies.
     (config, merged), (_, small) = merge_lora(method, params), to_int8(method, params)
     plain, merged = dataclasses.replace(config, policy=dense.policy), unstack(merged)
@@ -87,7 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"MoD {at_once} at once": Ours(config, merged, at_once, total),
         f"full {at_once} at once": Ours(plain, merged, at_once, total),
     }
-    del small
+    del params, small
     shown: dict[str, Callable[[np.ndarray], np.ndarray]] = {name: engine.show for name, engine in engines.items()}
     rng = np.random.default_rng(0)
     frames = rng.normal(size=(total, args.tokens, args.features)).astype(np.float32)
@@ -96,10 +101,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         width, engine.width = engine.width, at_once
         engine.show(frames[:context])
         engine.width = width
-    if not args.no_peer:
-        theirs = Theirs(Peer(dense, params, training=False))
-        theirs.feed(frames[:context])
-        shown["PyTorch"] = theirs.show
+    if theirs:
+        with unless_full(left_out):
+            theirs.feed(frames[:context])
+            shown["PyTorch"] = theirs.show
+        if left_out:
+            theirs.peer.close()
 
     at = dict.fromkeys(shown, context)
     last: dict[str, np.ndarray] = {}
@@ -136,4 +143,4 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows += [entry(f"frame by frame {name}/PyTorch", "peer", name, "PyTorch") for name in ("full", "MoD")]
         apart = float(np.abs(last["full"] - last["PyTorch"]).max() / np.abs(last["PyTorch"]).max())
     print_table(rows, unit="s/frame")
-    return {"rows": rows, "dense_logits_apart": apart}
+    return {"rows": rows, "dense_logits_apart": apart, "left_out": left_out}

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from vmod_jax.bench import interleave, pair, print_table, row
-from vmod_jax.benchmarks.peer import Peer, available
+from vmod_jax.benchmarks.peer import Peer, available, unless_full
 from vmod_jax.benchmarks.setup import (
     Stream,
     add_model_arguments,
@@ -171,13 +171,17 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[
     products = MatrixProducts(dense, stream.size)
     beside_products = contenders | {"products": products.run}
     times = interleave(beside_products, args.rounds, seconds=seconds, about=f"{stream} train step")
-    peer, beside = None, {}
+    beside: dict[str, list[float]] = {}
+    theirs: dict[str, Any] = {}
+    left_out: list[str] = []
     if with_peer:  # afterwards, in fewer rounds: the two above lie closer together
-        peer = Peer(dense, params, training=True)
-        placed = peer.place(batch)
-        losses["peer"] = peer.step(placed)
-        contenders["peer"] = lambda: peer.step(placed)
-        beside = interleave(contenders, min(args.rounds, 3), seconds=seconds, about=f"{stream} beside PyTorch")
+        with unless_full(left_out), Peer(dense, params, training=True) as peer:
+            # PyTorch's checkpoints compute attention again; they are what its users have.
+            theirs = {"peer": f"PyTorch, {peer.attention} attention, dense", "remat": config.remat}
+            placed = peer.place(batch)
+            losses["peer"] = peer.step(placed)
+            contenders["peer"] = lambda: peer.step(placed)
+            beside = interleave(contenders, min(args.rounds, 3), seconds=seconds, about=f"{stream} beside PyTorch")
 
     common: dict[str, Any] = {"dtype": config.dtype, "tokens": stream.size} | stream.row_keys()
     mib = {name: step.temporary_bytes / 2**20 for name, step in steps.items()}
@@ -216,11 +220,8 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[
             formula_ratio=carried_ratio(config, stream), remat=config.remat, **common,
         ),
     ]  # fmt: skip
-    if peer is not None:
+    if beside:
         for name, about in (("full", "dense"), ("mod", "MoD")):
-            # PyTorch's checkpoints compute attention again; they are what its users have.
-            extra: dict[str, Any] = {"peer": f"PyTorch, {peer.attention} attention, dense", "remat": config.remat}
-            rows.append(
-                row(f"{stream} {about}/PyTorch", "peer", **pair(beside[name], beside["peer"]), **common, **extra)
-            )
-    return rows, {"stream": str(stream), "losses": losses, "bit_equal": same_bits}
+            measured = pair(beside[name], beside["peer"])
+            rows.append(row(f"{stream} {about}/PyTorch", "peer", **measured, **common, **theirs))
+    return rows, {"stream": str(stream), "losses": losses, "bit_equal": same_bits, "left_out": left_out}

@@ -361,16 +361,15 @@ def choose(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> s
 
 @functools.cache
 def fault(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> str | None:
-    """Why a kernel must not be used, said once in a warning; None where it agrees with the reference.
+    """Why a kernel must not be used, said once in a warning; None where it agrees with the reference (`apart`).
 
-    Compared, forwards and backwards, on two packed rows of which one ends early in padding of large numbers, and in a
-    chunk against a cache; relative to the norm, at most 1e-2 (16 bits) or 1e-3 apart.
+    At most 1e-2 (16 bits) or 1e-3.
     """
     try:
         with jax.ensure_compile_time_eval():
-            apart = _apart(backend, heads, kv_heads, width, dtype)
+            found = apart(backend, heads, kv_heads, width, dtype)
         limit = 1e-2 if dtype.itemsize == 2 else 1e-3
-        wrong = [f"{name} is off by {value:.1e}" for name, value in apart.items() if not value <= limit]
+        wrong = [f"{name} is off by {value:.1e}" for name, value in found.items() if not value <= limit]
         reason = ", ".join(wrong) or None
     except Exception as error:  # whatever a library or a driver throws
         reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
@@ -379,7 +378,12 @@ def fault(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> st
     return reason
 
 
-def _apart(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> dict[str, float]:
+def apart(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> dict[str, float]:
+    """How far a back end is from the reference in float32: {out, dq, dk, dv, cache}, relative to the norm.
+
+    Compared, forwards and backwards, on two packed rows of which one ends early in padding of large numbers, and in a
+    chunk against a cache.
+    """
     rng, size, end, chunk = np.random.default_rng(0), 256, 150, 40
     real = np.arange(size) < np.array([[size], [end]])
     shapes = [(2, size, count, width) for count in (heads, kv_heads, kv_heads)]
@@ -393,13 +397,11 @@ def _apart(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> d
         return dict(zip(("out", "dq", "dk", "dv"), (out, *jax.jit(jax.grad(value, (0, 1, 2)))(*qkv)), strict=True))
 
     got, exact = run(_CAUSAL[backend], q, k, v), run(_reference, *(x.astype(jnp.float32) for x in (q, k, v)))
-    if backend == "cudnn":
-        used = jnp.array([size, end])
-        against = lambda attention, *x: attention(*(y[:, :chunk] for y in x), *x[1:], used)  # noqa: E731
-        got["cache"] = jax.jit(functools.partial(against, _cudnn_cache))(q, k, v)
-        plain = lambda q, k, v, cache_k, cache_v, used: cache_attention(  # noqa: E731
-            q, k, v, cache_k, cache_v, used, "reference"
-        )
-        exact["cache"] = against(plain, *(x.astype(jnp.float32) for x in (q, k, v)))
+    used = jnp.array([size, end])
+    against = lambda attention, *x: attention(*(y[:, :chunk] for y in x), *x[1:], used)  # noqa: E731
+    plain = functools.partial(cache_attention, backend="reference")
+    cached = _cudnn_cache if backend == "cudnn" else _blocked_cache
+    got["cache"] = jax.jit(functools.partial(against, cached))(q, k, v)
+    exact["cache"] = against(plain, *(x.astype(jnp.float32) for x in (q, k, v)))
     norm = lambda x: float(jnp.linalg.norm(x.astype(jnp.float32)))  # noqa: E731
     return {name: norm(got[name].astype(jnp.float32) - exact[name]) / norm(exact[name]) for name in exact}
