@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -125,6 +127,10 @@ def test_a_question_before_the_first_frame_waits_for_it(model, jpegs):
         ('{"ask": " "}', "a message is"),
         ('{"ask": 1}', "a message is"),
         ("[]", "a message is"),
+        ("[" * 100_000, "a message is"),
+        ('{"ask": "a", "threshold": 1}', "a message is"),
+        ('{"ask": "half an \\ud83d"}', "a question holds half a character"),
+        ('{"ask": "' + "word " * 401 + '"}', "a question of 2005 characters: 2000 is the most"),
         ("", "a message is"),
         ('{"threshold": 1.5}', "threshold 1.5 is outside [0, 1]"),
         ('{"threshold": NaN}', "threshold nan is outside [0, 1]"),
@@ -155,7 +161,7 @@ def test_no_more_streams_than_allowed(connect, jpegs):
         assert {"hello"} == first.receive_json().keys() == second.receive_json().keys()
         with connect() as third:
             (line,) = third.receive_json()["errors"]
-            assert line.startswith("2 streams are open, as many as this server takes")
+            assert line.startswith("as many streams are open as this server takes (2)")
             with pytest.raises(WebSocketDisconnect):
                 third.receive_json()
         second.send_bytes(jpegs[0])
@@ -164,12 +170,38 @@ def test_no_more_streams_than_allowed(connect, jpegs):
         assert "hello" in fourth.receive_json()
 
 
+def test_who_leaves_makes_room_while_the_model_still_computes(model, jpegs, monkeypatch):
+    computing, go_on, take = threading.Event(), threading.Event(), Live.take
+
+    def slow(*arguments):
+        computing.set()
+        assert go_on.wait(60)
+        return take(*arguments)
+
+    monkeypatch.setattr(Live, "take", slow)
+    server = Server(model, streams=1, **OPTIONS)
+    with TestClient(server.app) as client:
+        with client.websocket_connect("/stream") as gone:
+            gone.receive_json()
+            gone.send_bytes(jpegs[0])
+            assert computing.wait(60)
+            with client.websocket_connect("/stream") as early:
+                assert "errors" in early.receive_json()
+        deadline = time.monotonic() + 60
+        while server.open and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with client.websocket_connect("/stream") as again:
+            go_on.set()
+            assert "hello" in again.receive_json()
+
+
 def test_strangers(connect, model):
     """A page of another origin, and another name that leads here."""
     with connect(origin=LOCALHOST) as own:
         assert "hello" in own.receive_json()
-    with pytest.raises(WebSocketDisconnect), connect(origin="http://elsewhere.example") as other:
-        other.receive_json()
+    for stranger in ("http://elsewhere.example", "http://[", "null"):
+        with pytest.raises(WebSocketDisconnect), connect(origin=stranger) as other:
+            other.receive_json()
     with TestClient(Server(model, hosts=["localhost"], **OPTIONS).app, base_url=LOCALHOST) as client:
         page = client.get("/")
         assert page.status_code == 200
@@ -205,11 +237,15 @@ def test_from_a_shell(tiny_run, jpegs):
                 said = json.loads(ws.recv())
                 assert (said["frames"], said["errors"]) == (1, [])
                 assert [turn["role"] for turn in said["turns"]] == ["user", "assistant"]
+                for data in jpegs:  # while it is busy
+                    ws.send(data)
                 process.send_signal(signal.SIGINT)
                 _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, errors) == (130, "vmod serve: interrupted\n")
+    assert process.returncode == 130
+    assert errors.endswith("vmod serve: interrupted\n")
+    assert "Traceback" not in errors
 
 
 def test_mistakes(tiny_run, tmp_path, capsys, monkeypatch):

@@ -21,10 +21,9 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -48,7 +47,8 @@ log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("serve_page.html")
 LARGEST = 2**22  # bytes of a message
-LOCAL = ("localhost", "127.0.0.1")
+LONGEST = 2000  # characters of a question: all streams wait while it is read
+LOCAL, EVERYWHERE = ("localhost", "127.0.0.1"), ("0.0.0.0", "::")
 
 
 class Live:
@@ -98,13 +98,15 @@ class Live:
     def _obey(self, message: str) -> None:
         try:
             said = json.loads(message)
-        except ValueError:
+        except (ValueError, RecursionError):
             said = None
         match said:
-            case {"ask": str(text)} if text.strip():
+            case {"ask": str(text), **rest} if text.strip() and not rest:
+                if len(text) > LONGEST:
+                    raise UserError(f"a question of {len(text)} characters: {LONGEST} is the most")
                 # Behind the frames that came before it, and before those that come next.
                 self.session.ask(text.strip(), max(0, self.session.frames - 1) / self.session.fps)
-            case {"threshold": int() | float() as value}:
+            case {"threshold": int() | float() as value, **rest} if not rest:
                 self.session.threshold = value
             case _:
                 raise UserError('a message is a JPEG, {"ask": TEXT} or {"threshold": P}, not ' + repr(message[:80]))
@@ -147,27 +149,35 @@ class Server:
 
     async def stream(self, ws: WebSocket) -> None:
         """One stream, from its socket's opening to its end."""
-        origin = ws.headers.get("origin")
-        if origin and urlsplit(origin).netloc != ws.headers.get("host"):
+        origin, host = ws.headers.get("origin"), ws.headers.get("host")
+        if origin not in (None, f"http://{host}", f"https://{host}"):
             return await ws.close()  # a page of somebody else's
         await ws.accept()
         if self.open >= self.streams:
-            full = f"{self.open} streams are open, as many as this server takes: close one, or start it with --streams"
+            full = f"as many streams are open as this server takes ({self.streams}): close one, or raise --streams"
             await ws.send_json({"errors": [full]})
             return await ws.close()
         self.open += 1
         inbox: asyncio.Queue[bytes | str | None] = asyncio.Queue(64)
-        receiving = asyncio.create_task(_receive(ws, inbox))
+        receiving = asyncio.create_task(self._receive(ws, inbox))
         try:
             await self._converse(ws, inbox)
-        except WebSocketDisconnect:
-            pass
+        except (WebSocketDisconnect, asyncio.CancelledError):
+            pass  # the page has gone, or the server ends
         except Exception as error:
             log.exception("a stream broke off")
-            await ws.send_json({"errors": [f"the stream broke off: {error}"[:500]]})
-            await ws.close(1011)
+            with suppress(WebSocketDisconnect, RuntimeError):  # the page has gone, too
+                await ws.send_json({"errors": [f"the stream broke off: {error}"[:500]]})
+                await ws.close(1011)
         finally:
             receiving.cancel()
+
+    async def _receive(self, ws: WebSocket, inbox: asyncio.Queue[bytes | str | None]) -> None:
+        try:
+            while (message := await ws.receive())["type"] == "websocket.receive":
+                await inbox.put(message.get("bytes") or message.get("text") or "")
+            await inbox.put(None)
+        finally:  # whoever goes and comes again must not wait for what still computes
             self.open -= 1
 
     async def _converse(self, ws: WebSocket, inbox: asyncio.Queue[bytes | str | None]) -> None:
@@ -194,22 +204,20 @@ class Server:
             await ws.send_json(await run(self.model, live.take, messages))
 
 
-async def _receive(ws: WebSocket, inbox: asyncio.Queue[bytes | str | None]) -> None:
-    while (message := await ws.receive())["type"] == "websocket.receive":
-        await inbox.put(message.get("bytes") or message.get("text") or "")
-    await inbox.put(None)
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 def warm_up(server: Server) -> None:
-    """Compiles what streams begin with, while nobody waits. Raises UserError for a model that cannot watch."""
+    """Compiles what streams begin with (frames, replies, roll-backs, a question), while nobody waits.
+
+    Raises UserError for a model that cannot watch.
+    """
     live = Live(server.lm, server.instruction, **server.options)
     black = np.zeros((live.size, live.size, 3), np.uint8)
     live.session.push(black)
+    live.session.threshold = 1.0  # speaks after every frame
     live.session.push_many([black] * min(live.session.width, live.session.engine.max_frames - 1))
-    live.session.ask("?", 0.0)
+    live.session.ask("What do you see in this video?", 0.0)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -249,9 +257,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         print("compiling ...", flush=True)
         warm_up(server)
-        shown, port = "localhost" if args.host in (*LOCAL, "0.0.0.0") else args.host, bound.getsockname()[1]
-        print(f"open http://{shown}:{port}/ in a browser (Ctrl-C ends)")
-        print(f"from another machine: ssh -L {port}:localhost:{port} THIS-MACHINE, then the same", flush=True)
+        host, port = f"[{args.host}]" if ":" in args.host else args.host, bound.getsockname()[1]
+        if args.host in LOCAL + EVERYWHERE:
+            host = "localhost"
+            print(f"from another machine: ssh -L {port}:localhost:{port} THIS-MACHINE, then")
+        print(f"open http://{host}:{port}/ in a browser (Ctrl-C ends)", flush=True)
         options: dict[str, Any] = {"ws": "websockets-sansio", "ws_max_size": LARGEST, "timeout_graceful_shutdown": 1}
         uvicorn.Server(uvicorn.Config(server.app, log_level="warning", **options)).run(sockets=[bound])
     return 0

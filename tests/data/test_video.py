@@ -216,6 +216,6 @@ def test_a_jpeg_is_a_frame():
     assert not seen[:8].any()
     assert not seen[24:].any()
     np.testing.assert_allclose(seen[16, [4, 28]].astype(int), COLOURS[:2], atol=12)
-    for broken in (b"", data[:2], b"GIF89a"):
+    for broken in (b"", data[:2], b"GIF89a", data[: len(data) * 2 // 3]):
         with pytest.raises(UserError, match=f"a picture of {len(broken)} bytes is not a JPEG"):
             video.picture(broken, 32)

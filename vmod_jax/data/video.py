@@ -86,6 +86,7 @@ def probe(path: str | Path) -> VideoInfo:
 def picture(data: bytes, size: int) -> np.ndarray:
     """A JPEG as `decode` would give it: u8[size, size, 3] RGB. Raises UserError for bytes that are none."""
     codec: Any = av.CodecContext.create("mjpeg", "r")
+    codec.options = {"err_detect": "explode"}  # of one that is cut off nothing is shown
     try:
         frames = [*codec.decode(av.Packet(data)), *codec.decode(None)] if data else []
     except FFmpegError:

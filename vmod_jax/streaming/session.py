@@ -91,6 +91,8 @@ class Session:
         the reply returned; one at or after a frame's time is answered by the `push` of that frame.
         """
         time = self.next_time if time is None else max(float(time), (self.frames - 1) / self.fps)
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError("a question holds half a character (a lone surrogate): write it again")
         if not np.isfinite(time):
             raise UserError(f"a question at {time} seconds: give the time of the stream at which it is asked")
         place = time * self.fps
