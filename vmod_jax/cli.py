@@ -2,8 +2,10 @@
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from vmod_jax import __version__
@@ -72,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"vmod {name}: interrupted", file=sys.stderr)
+        if argv is None:  # a process of its own
+            # Python's own end would crash (SIGSEGV, jax 0.10.2) where JAX was interrupted while it traced a program.
+            with suppress(BrokenPipeError):
+                sys.stdout.flush()
+            os._exit(130)
         return 130
     except BrokenPipeError:
         return 141  # the reader of our output has gone
