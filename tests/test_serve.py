@@ -240,7 +240,7 @@ def test_from_a_shell(tiny_run, jpegs):
                 for data in jpegs:  # while it is busy
                     ws.send(data)
                 process.send_signal(signal.SIGINT)
-                _, errors = process.communicate(timeout=60)
+                _, errors = process.communicate(timeout=300)
         finally:
             process.kill()
     assert process.returncode == 130

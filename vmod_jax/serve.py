@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -232,7 +232,7 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser = ArgumentParser("vmod serve", description=str(__doc__).splitlines()[0])
     parser.add_argument("--workdir", required=True, help="a trained or imported model")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (8000)")
@@ -264,4 +264,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"open http://{host}:{port}/ in a browser (Ctrl-C ends)", flush=True)
         options: dict[str, Any] = {"ws": "websockets-sansio", "ws_max_size": LARGEST, "timeout_graceful_shutdown": 1}
         uvicorn.Server(uvicorn.Config(server.app, log_level="warning", **options)).run(sockets=[bound])
-    return 0
+    raise KeyboardInterrupt  # nothing else ends it, and uvicorn may have kept that to itself
