@@ -9,12 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
+from pictures import jpeg
 
 from vmod_jax import cli, lm
 from vmod_jax.data.video import picture, read
@@ -29,15 +28,6 @@ from vmod_jax.serve import Live, Server
 
 OPTIONS = {"threshold": 0.6, "max_frames": 20, "max_reply": 4, "width": 4}
 LOCALHOST = "http://localhost"
-
-
-def jpeg(image):
-    """u8[H, W, 3] as a JPEG of good quality."""
-    codec = av.CodecContext.create("mjpeg", "w")
-    codec.height, codec.width, codec.pix_fmt, codec.time_base = *image.shape[:2], "yuvj444p", Fraction(1, 2)
-    codec.qmin = codec.qmax = 2
-    packets = codec.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))
-    return b"".join(bytes(packet) for packet in [*packets, *codec.encode(None)])
 
 
 @pytest.fixture(scope="module")

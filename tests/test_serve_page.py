@@ -20,10 +20,9 @@ from vmod_jax.data import video
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
-import uvicorn
 from websockets.sync.client import connect
 
-from vmod_jax.serve import Server, listen, warm_up
+from vmod_jax.serve import Server, listen, over_http, warm_up
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -41,7 +40,7 @@ def address(tiny_run):
     server = Server(lm.load(tiny_run[0]).merged, "tiny", "Say something.", max_frames=200, max_reply=3, threshold=0.4)
     warm_up(server)
     with listen("127.0.0.1", 0) as bound:
-        running = uvicorn.Server(uvicorn.Config(server.app, ws="websockets-sansio", log_level="warning"))
+        running = over_http(server)
         thread = threading.Thread(target=lambda: asyncio.run(running.serve(sockets=[bound])))
         thread.start()
         yield f"http://localhost:{bound.getsockname()[1]}/"

@@ -52,6 +52,15 @@ class LanguageModel:
         config, params = inference.to_int8(self.config, self.params)
         return LanguageModel(config, inference.unstack(params), self.tokenizer)
 
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures that its vision tower takes, in pixels. Raises UserError for a model without one."""
+        if self.config.vision is None:
+            raise UserError(
+                "this model has no vision tower: import one with it (vmod import --vision) to stream a video"
+            )
+        return self.config.vision.image_size
+
     @cached_property
     def _programs(self) -> Programs:
         return Programs(self.config)

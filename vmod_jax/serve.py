@@ -30,7 +30,8 @@ import numpy as np
 from vmod_jax.data.conversation import NARRATION_INSTRUCTION
 from vmod_jax.data.video import picture
 from vmod_jax.errors import ArgumentParser, UserError
-from vmod_jax.lm import LanguageModel, load
+from vmod_jax.lm import LanguageModel
+from vmod_jax.stream import add_session_arguments, load_for_streams, session_options
 
 try:
     import uvicorn
@@ -55,9 +56,7 @@ class Live:
     """One stream, and what its page has not been told yet. options: those of `LanguageModel.stream`."""
 
     def __init__(self, lm: LanguageModel, instruction: str, **options: Any):
-        if lm.config.vision is None:
-            raise UserError("this model has no vision tower: import one with it (vmod import --vision) to serve it")
-        self.size = lm.config.vision.image_size
+        self.size = lm.image_size
         self.notes: list[str] = []
         self.session = lm.stream(announce=self.notes.append, **options)
         if instruction:
@@ -232,29 +231,24 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def over_http(server: Server) -> uvicorn.Server:
+    options: dict[str, Any] = {"ws": "websockets-sansio", "ws_max_size": LARGEST, "timeout_graceful_shutdown": 1}
+    return uvicorn.Server(uvicorn.Config(server.app, log_level="warning", **options))
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser = ArgumentParser("vmod serve", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--workdir", required=True, help="a trained or imported model")
+    add_session_arguments(parser, width=8)
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (8000)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: all of the network, without a password")
-    parser.add_argument("--instruction", default=NARRATION_INSTRUCTION, help="said at the first frame ('' for none)")
-    parser.add_argument("--threshold", type=float, default=0.725, help="speak where P(stay silent) is below (0.725)")
-    parser.add_argument("--max-frames", type=int, default=1200, help="of a stream")
-    parser.add_argument("--max-reply", type=int, default=64, help="tokens")
-    parser.add_argument("--prefill", type=int, default=8, metavar="M", help="waiting frames computed in one call (8)")
-    parser.add_argument("--int8", action="store_true", help="decoder weights of 8 bits: half the memory to read")
     parser.add_argument("--streams", type=int, default=4, help="open at once; each has a cache of its own (4)")
     args = parser.parse_args(argv)
-    if min(args.max_frames, args.prefill, args.max_reply, args.streams) < 1:
-        raise UserError("--max-frames, --prefill, --max-reply and --streams must be at least 1")
+    options = session_options(args)
+    if args.streams < 1:
+        raise UserError("--streams must be at least 1")
     with listen(args.host, args.port) as bound:
-        lm = load(args.workdir)
-        lm = lm.int8 if args.int8 else lm.merged  # what they are made of need not stay
-        server = Server(
-            lm, Path(args.workdir).resolve().name, args.instruction, args.streams,
-            hosts=LOCAL if args.host in LOCAL else ("*",), threshold=args.threshold,
-            max_frames=args.max_frames, max_reply=args.max_reply, width=args.prefill,
-        )  # fmt: skip
+        hosts, name = LOCAL if args.host in LOCAL else ("*",), Path(args.workdir).resolve().name
+        server = Server(load_for_streams(args), name, args.instruction, args.streams, hosts, **options)
         print("compiling ...", flush=True)
         warm_up(server)
         host, port = f"[{args.host}]" if ":" in args.host else args.host, bound.getsockname()[1]
@@ -262,6 +256,5 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             host = "localhost"
             print(f"from another machine: ssh -L {port}:localhost:{port} THIS-MACHINE, then")
         print(f"open http://{host}:{port}/ in a browser (Ctrl-C ends)", flush=True)
-        options: dict[str, Any] = {"ws": "websockets-sansio", "ws_max_size": LARGEST, "timeout_graceful_shutdown": 1}
-        uvicorn.Server(uvicorn.Config(server.app, log_level="warning", **options)).run(sockets=[bound])
+        over_http(server).run(sockets=[bound])
     raise KeyboardInterrupt  # nothing else ends it, and uvicorn may have kept that to itself

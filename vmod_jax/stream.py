@@ -1,5 +1,6 @@
 """`vmod stream VIDEO`: watch a video file as if it were live, and print what the model says when it says it."""
 
+import argparse
 import json
 import sys
 import time
@@ -49,11 +50,9 @@ def stream_video(
     -> the turns, and {frames, fps, first_reply_seconds, cache_bytes}. A stream that reaches max_frames ends there, with
     a note. Raises UserError for a file that cannot be decoded, and for a model without a vision tower.
     """
-    if lm.config.vision is None:
-        raise UserError("this model has no vision tower: import one with it (vmod import --vision) to stream a video")
+    fps, size = lm.config.fps, lm.image_size
     probed = video.probe(path)
     session = lm.stream(threshold, max_frames=max_frames, max_reply=max_reply, width=width, announce=note)
-    fps, size = lm.config.fps, lm.config.vision.image_size
     if instruction:
         session.ask(instruction, 0.0)
     for at, text in sorted(questions):
@@ -116,28 +115,47 @@ def question(text: str) -> tuple[float, str]:
     return seconds, words.strip()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser("vmod stream", description=__doc__)
-    parser.add_argument("video")
+def add_session_arguments(parser: ArgumentParser, width: int) -> None:
+    """Which model streams, and the options of its sessions; width: the default of --prefill."""
     parser.add_argument("--workdir", required=True, help="a trained or imported model")
-    parser.add_argument("--ask", action="append", default=[], metavar="TIME:TEXT", help="ask at TIME seconds")
     parser.add_argument("--instruction", default=NARRATION_INSTRUCTION, help="said at the first frame ('' for none)")
     parser.add_argument("--threshold", type=float, default=0.725, help="speak where P(stay silent) is below (0.725)")
     parser.add_argument("--max-frames", type=int, default=1200)
     parser.add_argument("--max-reply", type=int, default=64, help="tokens")
-    parser.add_argument("--prefill", type=int, default=1, metavar="M", help="frames computed in one call (1)")
+    parser.add_argument(
+        "--prefill", type=int, default=width, metavar="M", help="frames computed in one call (%(default)s)"
+    )
     parser.add_argument("--int8", action="store_true", help="decoder weights of 8 bits: half the memory to read")
+
+
+def session_options(args: argparse.Namespace) -> dict[str, Any]:
+    """{threshold, max_frames, max_reply, width} of `add_session_arguments`. Raises UserError."""
+    if args.max_frames < 1 or args.prefill < 1 or args.max_reply < 1:
+        raise UserError("--max-frames, --prefill and --max-reply must be at least 1")
+    names = ("threshold", "max_frames", "max_reply")
+    return {name: getattr(args, name) for name in names} | {"width": args.prefill}
+
+
+def load_for_streams(args: argparse.Namespace) -> LanguageModel:
+    """The model of `add_session_arguments` as streams run on it; what it is made of does not stay."""
+    lm = load(args.workdir)
+    return lm.int8 if args.int8 else lm.merged
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser("vmod stream", description=__doc__)
+    parser.add_argument("video")
+    add_session_arguments(parser, width=1)
+    parser.add_argument("--ask", action="append", default=[], metavar="TIME:TEXT", help="ask at TIME seconds")
     parser.add_argument("--allow-partial", action="store_true", help="use what decodes of a damaged file")
     parser.add_argument("--jsonl", metavar="F", help="write one JSON object a line: turns, then a summary")
     args = parser.parse_args(argv)
     questions = [question(text) for text in args.ask]
-    if args.max_frames < 1 or args.prefill < 1 or args.max_reply < 1:
-        raise UserError("--max-frames, --prefill and --max-reply must be at least 1")
+    options = session_options(args)
     video.probe(args.video)  # a wrong file is found before the model is loaded
     if args.jsonl and not Path(args.jsonl).absolute().parent.is_dir():
         raise UserError(f"--jsonl {args.jsonl}: no folder {Path(args.jsonl).parent}; make it first")
-    lm = load(args.workdir)
-    lm = lm.int8 if args.int8 else lm.merged  # what they are made of need not stay
+    lm = load_for_streams(args)
     out = open(args.jsonl, "w") if args.jsonl else None  # noqa: SIM115
 
     def say(turn: Turn) -> None:
@@ -149,8 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         streamed = stream_video(
-            lm, args.video, instruction=args.instruction, questions=questions, threshold=args.threshold,
-            max_frames=args.max_frames, max_reply=args.max_reply, width=args.prefill,
+            lm, args.video, instruction=args.instruction, questions=questions, **options,
             allow_partial=args.allow_partial, say=say,
             note=lambda line: tqdm.write(line, file=sys.stderr), progress=sys.stderr.isatty(),
         )  # fmt: skip

@@ -5,6 +5,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from pictures import jpeg
 
 from vmod_jax.data import video
 from vmod_jax.errors import UserError
@@ -206,11 +207,7 @@ def test_matroska(clips):
 
 def test_a_jpeg_is_a_frame():
     """A picture from a browser is laid out as a video's frame is: the longer side fills, the rest is zeros."""
-    codec = av.CodecContext.create("mjpeg", "w")
-    codec.width, codec.height, codec.pix_fmt, codec.time_base = 64, 32, "yuvj444p", Fraction(1, 2)
-    image = np.concatenate([plain(2, 32, 32)[0], plain(2, 32, 32)[1]], axis=1)
-    packets = codec.encode(av.VideoFrame.from_ndarray(image, format="rgb24"))
-    data = b"".join(bytes(packet) for packet in [*packets, *codec.encode(None)])
+    data = jpeg(np.concatenate([plain(2, 32, 32)[0], plain(2, 32, 32)[1]], axis=1))
     seen = video.picture(data, 32)
     assert (seen.shape, seen.dtype) == ((32, 32, 3), np.uint8)
     assert not seen[:8].any()

@@ -321,10 +321,11 @@ def test_the_rule():
     """P(interval) < threshold speaks, and so does another first choice, whatever the threshold."""
     logits = np.log(np.array([[0.7, 0.3], [0.8, 0.2], [0.4, 0.6]], np.float32))
     np.testing.assert_allclose(silence(logits, 0), [0.7, 0.8, 0.4], rtol=1e-6)
-    assert wants_to_speak(logits, 0, 0.725).tolist() == [True, False, True]
-    assert wants_to_speak(logits, 0, 0.0).tolist() == [False, False, True]
-    assert wants_to_speak(logits, 0, 1.0).tolist() == [True, True, True]
-    assert wants_to_speak(logits + 1e4, 0, 0.725).tolist() == [True, False, True]  # no overflow
+    rule = lambda logits, threshold: wants_to_speak(logits, silence(logits, 0), 0, threshold)  # noqa: E731
+    assert rule(logits, 0.725).tolist() == [True, False, True]
+    assert rule(logits, 0.0).tolist() == [False, False, True]
+    assert rule(logits, 1.0).tolist() == [True, True, True]
+    assert rule(logits + 1e4, 0.725).tolist() == [True, False, True]  # no overflow
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------

@@ -117,10 +117,10 @@ class Session:
         while queue:
             self._answer_until(self.frames - SNAP)
             chunk = queue[: self._frames_until_query()]
-            speaks, silence = self._show(np.stack(chunk))
+            speaks, silent = self._show(np.stack(chunk))
             shown = len(chunk) if speaks is None else speaks + 1
             self.frames += shown
-            self.silence += silence[:shown].tolist()
+            self.silence += silent[:shown].tolist()
             if speaks is not None and shown < len(chunk):
                 self.engine.forget_frames(len(chunk) - shown, self.fmt.interval_ids)
             queue = queue[shown:]
@@ -154,8 +154,9 @@ class Session:
         width = 1 if len(frames) == 1 else self.width
         logits = self.engine.feed_frames(ids, frames, self.fmt.interval_ids, width)
         self._pending_ids, self._pending_text, self._in_stream = [], "", True
-        speaks = np.flatnonzero(wants_to_speak(logits, self.fmt.interval_id, self.threshold))
-        return int(speaks[0]) if len(speaks) else None, silence(logits, self.fmt.interval_id)
+        silent = silence(logits, self.fmt.interval_id)
+        speaks = np.flatnonzero(wants_to_speak(logits, silent, self.fmt.interval_id, self.threshold))
+        return int(speaks[0]) if len(speaks) else None, silent
 
     def _answer_until(self, place: float) -> None:
         """Answers the questions of up to `place` frames."""
@@ -186,6 +187,9 @@ def silence(logits: np.ndarray, interval_id: int) -> np.ndarray:
     return shifted[:, interval_id] / shifted.sum(-1)
 
 
-def wants_to_speak(logits: np.ndarray, interval_id: int, threshold: float) -> np.ndarray:
-    """The rule after each frame: P(interval) < threshold, or the interval is not the argmax. f32[m, V] -> bool[m]."""
-    return (silence(logits, interval_id) < threshold) | (logits.argmax(-1) != interval_id)
+def wants_to_speak(logits: np.ndarray, silent: np.ndarray, interval_id: int, threshold: float) -> np.ndarray:
+    """The rule after each frame: P(interval) < threshold, or the interval is not the argmax.
+
+    logits: f32[m, V]; silent: their `silence`, f64[m] -> bool[m].
+    """
+    return (silent < threshold) | (logits.argmax(-1) != interval_id)
