@@ -3,6 +3,6 @@
 vmod train --config configs/demo.py --workdir runs/demo_interleaved
 """
 
-from vmod_jax.demo import demo_config as get_config
+from vmod_jax.study.worlds import demo_config as get_config
 
 __all__ = ["get_config"]

@@ -25,7 +25,7 @@ import, in float32 1.2 GiB and whole on every chip; without --vision there is no
 """
 
 from vmod_jax.training.config import Config
-from vmod_jax.training.llama3_8b import llama3_8b
+from vmod_jax.training.recipes import llama3_8b
 
 
 def get_config() -> Config:

@@ -14,7 +14,7 @@ are accumulated come on top. 1200 x 50 would fit, too (8b-h100-8-1200x50: 39.5, 
 """
 
 from vmod_jax.training.config import Config
-from vmod_jax.training.llama3_8b import llama3_8b
+from vmod_jax.training.recipes import llama3_8b
 
 
 def get_config() -> Config:

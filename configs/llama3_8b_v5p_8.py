@@ -17,7 +17,7 @@ It fits: `vmod bench aot --quick 8b-v5p-8-1200x50` says 55.0 of 95 GiB a chip (f
 """
 
 from vmod_jax.training.config import Config
-from vmod_jax.training.llama3_8b import llama3_8b
+from vmod_jax.training.recipes import llama3_8b
 
 
 def get_config() -> Config:

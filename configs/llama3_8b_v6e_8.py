@@ -15,7 +15,7 @@ It fits: `vmod bench aot --quick 8b-v6e-8-600x10` says 10.0 of 32 GiB a chip (fu
 """
 
 from vmod_jax.training.config import Config
-from vmod_jax.training.llama3_8b import llama3_8b
+from vmod_jax.training.recipes import llama3_8b
 
 
 def get_config() -> Config:

@@ -56,7 +56,7 @@ def clips() -> Path:
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory):
     """configs/tiny.py, cut to 8 steps over 9 generated streams."""
-    from vmod_jax.train import parse
+    from vmod_jax.training.flags import parse
 
     config, _ = parse([f"--config={ROOT / 'configs' / 'tiny.py'}", "--workdir=x"])
     config.steps, config.checkpoint_every = 8, 3
@@ -69,7 +69,7 @@ def tiny_config(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_run(tiny_config, tmp_path_factory):
     """(workdir, summary) of that run without interruptions. Not to be written to."""
-    from vmod_jax.train import train
+    from vmod_jax.training.loop import train
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     return folder, train(tiny_config, folder)

@@ -10,13 +10,14 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from vmod_jax.benchmarks import aot
 from vmod_jax.models.flops import LLAMA_3_8B
 from vmod_jax.models.video_lm import VideoLMConfig
-from vmod_jax.train import abstract_state, parse
+from vmod_jax.performance import aot
 from vmod_jax.training.config import complete, method
+from vmod_jax.training.flags import parse
 from vmod_jax.training.optimizer import make_optimizer, trained_groups
 from vmod_jax.training.sharding import AXES, make_mesh
+from vmod_jax.training.step import abstract_state
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GIB = 2**30

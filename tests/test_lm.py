@@ -11,7 +11,7 @@ import pytest
 import vmod_jax as vmod
 from vmod_jax.data.conversation import encode, label_weights
 from vmod_jax.errors import UserError
-from vmod_jax.evaluate import Scorer
+from vmod_jax.evaluation.scorer import Scorer
 from vmod_jax.evaluation.stream_metrics import continuations, score
 from vmod_jax.lm import LanguageModel
 from vmod_jax.models.depth import LayerSpec, make_policy

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vmod_jax import cli
+from vmod_jax.commands import cli
 
 pytestmark = pytest.mark.slow
 

@@ -10,12 +10,12 @@ import pytest
 from tiny_models import LAYERS, WIDTH, draw_row, make_config, make_params
 
 import vmod_jax as vmod
+from vmod_jax.models.experts import adapt, learned_layers
 from vmod_jax.models.layer_expert import router_init_std
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig
 from vmod_jax.streaming.engine import Engine, Programs
 from vmod_jax.training.config import defaults, method
 from vmod_jax.weights import export
-from vmod_jax.weights.experts import adapt, learned_layers
 
 
 def experts(params):

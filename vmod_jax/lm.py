@@ -16,11 +16,11 @@ from vmod_jax.data.conversation import StreamFormat, stream_format
 from vmod_jax.errors import UserError
 from vmod_jax.models import inference
 from vmod_jax.models.depth import Policy, make_policy
+from vmod_jax.models.experts import adapt, learned_layers, trained_layers
 from vmod_jax.models.llama import Routed
 from vmod_jax.models.video_lm import Output, VideoLM, VideoLMConfig, check_frames
 from vmod_jax.streaming.engine import Programs
 from vmod_jax.streaming.session import Session
-from vmod_jax.weights.experts import adapt, learned_layers, trained_layers
 from vmod_jax.weights.folder import complete, load_tokenizer, open_folder
 
 log = logging.getLogger(__name__)

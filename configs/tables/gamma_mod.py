@@ -5,8 +5,8 @@ vmod table configs/tables/gamma_mod.py --out runs/tables
 The layers are what `vmod arank --workdir runs/tables/base/seed-0 --count 2 --videos 16` says.
 """
 
-from vmod_jax.study.benchmark import BASES, Row
-from vmod_jax.study.benchmark import benchmark_config as get_config
+from vmod_jax.study.rows import BASES, Row
+from vmod_jax.study.worlds import cluttered_config as get_config
 
 __all__ = ["ROWS", "get_config"]
 

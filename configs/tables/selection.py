@@ -3,8 +3,8 @@
 vmod table configs/tables/selection.py --out runs/tables
 """
 
-from vmod_jax.study.benchmark import BASES, Row
-from vmod_jax.study.benchmark import benchmark_config as get_config
+from vmod_jax.study.rows import BASES, Row
+from vmod_jax.study.worlds import cluttered_config as get_config
 
 __all__ = ["ROWS", "get_config"]
 

@@ -12,14 +12,14 @@ import reference
 from scipy.special import erf
 from tiny_models import LAYERS, POLICIES, VOCAB, make_config, make_params
 
-from vmod_jax import cli
+from vmod_jax.commands import cli
 from vmod_jax.errors import UserError
 from vmod_jax.lm import LanguageModel
 from vmod_jax.models.depth import explicit_policy
 from vmod_jax.models.llama import rope_frequencies
 from vmod_jax.study.arank import attention_ranks, ranked_layers
-from vmod_jax.train import parse
 from vmod_jax.training.config import method
+from vmod_jax.training.flags import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 ERROR = 1e-4  # of a float32 map's singular values, as a share of its largest

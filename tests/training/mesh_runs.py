@@ -25,10 +25,10 @@ from vmod_jax.data.conversation import stream_format
 from vmod_jax.data.pipeline import batches, make_buckets, open_streams
 from vmod_jax.models.context import Beginning, over_context, zigzag
 from vmod_jax.models.video_lm import VideoLM
-from vmod_jax.train import make_step, new_state
 from vmod_jax.training.config import complete, make_model, make_vision
 from vmod_jax.training.optimizer import make_optimizer, merge, trained_groups
 from vmod_jax.training.sharding import chunks_per_row, make_mesh, put_batch
+from vmod_jax.training.step import make_step, new_state
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 

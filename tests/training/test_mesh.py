@@ -101,11 +101,11 @@ def test_straight_through_and_one_router_for_all_layers(run):
 @pytest.mark.slow
 def test_a_run_moves_from_a_context_mesh_to_one_device(tiny_run, tiny_config, tmp_path):
     """`vmod train` itself, with gradient accumulation: four steps on eight devices, four more on one."""
-    from vmod_jax.train import train
+    from vmod_jax.training.loop import train
 
     (tmp_path / "config.json").write_text(tiny_config.to_json())
     script = (
-        "import json, sys; from ml_collections import ConfigDict; from vmod_jax.train import train\n"
+        "import json, sys; from ml_collections import ConfigDict; from vmod_jax.training.loop import train\n"
         "config = ConfigDict(json.load(open(sys.argv[1])))\n"
         "config.mesh, config.accumulate = dict(data=1, fsdp=2, context=2, tensor=2), 2\n"
         "train(config, sys.argv[2], stop_at=4)\n"

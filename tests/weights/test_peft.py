@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import vmod_jax
-from vmod_jax.convert import export_folder, import_folder
 from vmod_jax.errors import UserError
+from vmod_jax.weights.convert import export_folder, import_folder
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from vmod_jax.caches import cache_folder
 from vmod_jax.data.batch import Bucket, collate, fit, make_row, pick, size
 from vmod_jax.data.conversation import Encoded, Sample, StreamFormat
 from vmod_jax.data.storage import open_source, read_meta, replacing
@@ -235,11 +236,6 @@ def spot_tokenizer(texts: Sequence[str]) -> Path:
 
 
 # --- decoded frames ---------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where decoded frames and generated data are kept: VMOD_CACHE, else ~/.cache/vmod_jax."""
-    return Path(os.environ.get("VMOD_CACHE", Path.home() / ".cache" / "vmod_jax"))
 
 
 def decoded(path: Path, fps: float, image_size: int) -> np.ndarray:

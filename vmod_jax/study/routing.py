@@ -20,8 +20,8 @@ from tqdm import tqdm
 from vmod_jax.errors import UserError
 from vmod_jax.models import layer_expert
 from vmod_jax.models.depth import num_kept
+from vmod_jax.models.experts import learned_layers
 from vmod_jax.models.video_lm import VideoLMConfig
-from vmod_jax.weights.experts import learned_layers
 
 Grid = tuple[int, int]  # h and w; (0, 0) where a frame is CLS alone
 

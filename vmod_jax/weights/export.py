@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from vmod_jax.errors import UserError
+from vmod_jax.models.experts import learned_layers
 from vmod_jax.models.llama import LlamaConfig, share_router
 from vmod_jax.models.video_lm import VideoLMConfig
 from vmod_jax.weights import huggingface as hf
 from vmod_jax.weights import peft
-from vmod_jax.weights.experts import learned_layers
 from vmod_jax.weights.folder import MODEL_TYPE, without_lora
 
 SHARD_BYTES = 2 * 10**9  # a shard is held in memory while it is written

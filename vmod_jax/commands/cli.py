@@ -1,0 +1,84 @@
+"""`vmod <command>`: each command is one file beside this one, imported only when it is called."""
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from vmod_jax import __version__
+from vmod_jax.errors import UserError
+
+
+class Command(NamedTuple):
+    module: str
+    function: str
+    about: str
+
+
+COMMANDS = {
+    "demo": Command("demo", "main", "make videos, train the method and its baseline, evaluate, stream, report"),
+    "train": Command("train", "main", "train a model, or go on with a run"),
+    "evaluate": Command("evaluate", "main", "score a checkpoint"),
+    "stream": Command("stream", "main", "stream a video file and print what the model says"),
+    "serve": Command("serve", "main", "a page on which a model watches a camera, a screen or a video file"),
+    "routing": Command("routing", "main", "what the LayerExperts of a model choose: a table, pictures"),
+    "arank": Command("arank", "main", "which layers to route, by the rank of their attention maps"),
+    "data": Command("data", "main", "make or prepare a data set"),
+    "import": Command("convert", "import_main", "Hugging Face or PEFT weights -> a workdir"),
+    "export": Command("convert", "export_main", "a workdir -> Hugging Face, PEFT or PyTorch"),
+    "table": Command("table", "main", "the rows of a table of the paper, trained and scored with seeds"),
+    "bench": Command("bench", "main", "how fast, and in how much memory, beside a peer"),
+}
+
+USAGE = "\n".join(
+    [
+        f"vmod_jax {__version__}: language models that watch a video stream and speak when there is something to say",
+        "",
+        "usage: vmod COMMAND [OPTIONS]    (vmod COMMAND --help)",
+        "",
+        *(f"  {name:<10}{command.about}" for name, command in COMMANDS.items()),
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; a user's mistake ends in one line on stderr and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name, *rest = arguments
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"unknown command '{name}': use one of {', '.join(COMMANDS)}")
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        for noisy in ("jax", "absl", "orbax", "grain", "httpx"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        command = COMMANDS[name]
+        module = importlib.import_module(f"vmod_jax.commands.{command.module}")
+        return getattr(module, command.function)(rest) or 0
+    except SystemExit as end:  # argparse has shown its --help
+        return int(end.code or 0)
+    except UserError as error:
+        print(f"vmod {name}: {error}".replace("\n", " "), file=sys.stderr)
+        return 2
+    except (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else f"{error}"
+        print(f"vmod {name}: {reason}".replace("\n", " "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"vmod {name}: interrupted", file=sys.stderr)
+        if argv is None:  # a process of its own
+            # Python's own end would crash (SIGSEGV, jax 0.10.2) where JAX was interrupted while it traced a program.
+            with suppress(BrokenPipeError):
+                sys.stdout.flush()
+            os._exit(130)
+        return 130
+    except BrokenPipeError:
+        return 141  # the reader of our output has gone

@@ -1,0 +1,31 @@
+"""`vmod evaluate`: score a workdir's checkpoint on a benchmark, beside baselines that see no video.
+
+The default benchmark, `narration`, is the paper's streaming evaluation (section 4.1): on each stream of a held-out
+split, does the model speak at the right frame, and does it say the right thing?
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmod_jax.errors import ArgumentParser
+from vmod_jax.evaluation.benchmarks import BENCHMARKS, evaluate, print_scores
+from vmod_jax.training.flags import parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser("vmod evaluate", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="a trained or imported model")
+    parser.add_argument("--config", help="a file of configs/ whose data to score on (default: the workdir's own)")
+    parser.add_argument("--benchmark", default="narration", help=f"one of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="default: data.eval_split")
+    parser.add_argument("--threshold", type=float, default=0.0, help="speak where P(silent) is below; 0: argmax alone")
+    parser.add_argument("--step", type=int, help="checkpoint (default: the last)")
+    args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if rest and not args.config:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    config = parse(["--config", args.config, *rest, "--workdir", args.workdir])[0] if args.config else None
+    result = evaluate(args.workdir, config, args.benchmark, args.split, args.threshold, args.step)
+    print_scores(result)
+    print(f"wrote {Path(args.workdir) / 'eval' / args.benchmark}.json")
+    return 0

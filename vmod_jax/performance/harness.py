@@ -1,0 +1,153 @@
+"""How speed is measured and written down, the same for everything that `vmod bench` runs.
+
+The object: {machine, versions, environment, rows: [row(...)], ...}. `ratio` is candidate / baseline, lower is better,
+and stands beside `formula_ratio`, what the closed form of `models/flops.py` lets one hope for.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+# --- where and with what ----------------------------------------------------------------------------------------------
+
+
+def describe_machine() -> dict[str, Any]:
+    """Where a number was measured: {cpu, cores, memory_gib, system, devices: [kind], python}."""
+    import jax
+
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "devices": [device.device_kind for device in jax.devices()],
+        "python": platform.python_version(),
+    }
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """What `describe_machine` says, for people."""
+    devices = ", ".join(dict.fromkeys(machine["devices"]))
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB; jax devices: {devices}"
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of this package and of what its numbers depend on, as far as they are installed."""
+    versions = {}
+    for name in ("vmod_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "peft", "torch", "av"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_environment() -> dict[str, str]:
+    """The variables that change how fast a process is, as far as they are set: those of XLA, malloc and threads."""
+    names = ("XLA_", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_NUM")
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(names)}
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 1,
+    seconds: float = float("inf"),
+    about: str = "rounds",
+) -> dict[str, list[float]]:
+    """Times functions in turn, one call of each a round, in alternating order: {name: seconds of each round}.
+
+    The functions must have done all their work when they return (`jax.block_until_ready`). Only calls next to each
+    other are comparable where clocks and neighbours change: compare them by `pair`. Rounds stop early, at an odd
+    number, once `seconds` have gone by; `warm_up` calls of each come before and are not counted. On a terminal a bar
+    named `about` shows how far it is.
+    """
+    for run in contenders.values():
+        for _ in range(warm_up):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    began = time.perf_counter()
+    for turn in tqdm(range(rounds), about, leave=False, disable=None):
+        if turn % 2 and time.perf_counter() - began > seconds:
+            break
+        for name in list(contenders)[:: -1 if turn % 2 else 1]:
+            start = time.perf_counter()
+            contenders[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def pair(candidate: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
+    """{candidate, baseline, spread} of interleaved times: the round with the median ratio, and how ratios vary.
+
+    spread: the distance between the quartiles of the rounds' ratios (0 for one round).
+    """
+    by_ratio = sorted(zip(candidate, baseline, strict=True), key=lambda both: both[0] / both[1])
+    ratios = [a / b for a, b in by_ratio]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (0.0, 0.0, 0.0)
+    middle = by_ratio[(len(by_ratio) - 1) // 2]
+    return {"candidate": middle[0], "baseline": middle[1], "spread": high - low}
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def row(name: str, kind: str, candidate: float, baseline: float, **more: Any) -> dict[str, Any]:
+    """A row with every key a row has: what does not apply is None.
+
+    kind: flops, forward, train_step, memory, peer...; `candidate` and `baseline` are in one unit, lower is better.
+    more: formula_ratio, spread, dtype, remat, tokens_per_frame, frames, text_tokens, or keys of one benchmark's own.
+    """
+    keys = ("formula_ratio", "spread", "dtype", "remat", "tokens_per_frame", "frames", "text_tokens")
+    measured = {"name": name, "kind": kind, "candidate": candidate, "baseline": baseline, "ratio": candidate / baseline}
+    return measured | dict.fromkeys(keys) | more
+
+
+def print_table(rows: Sequence[dict[str, Any]], unit: str) -> None:
+    """Prints rows as aligned columns and, where times were taken, the machine."""
+    width = max(len(entry["name"]) for entry in rows)
+    print(f"{'':{width}}  {unit:>10}    baseline   ratio  formula  spread  dtype     remat")
+    for entry in rows:
+        formula, spread = (
+            "" if entry[key] is None else f"{entry[key]:.3f}"  # what does not apply stays empty
+            for key in ("formula_ratio", "spread")
+        )
+        line = (
+            f"{entry['name']:{width}}  {entry['candidate']:10.4g}  {entry['baseline']:10.4g}  {entry['ratio']:6.3f}  "
+            f"{formula:>7}  {spread:>6}  {entry['dtype'] or '':8}  {entry['remat'] or ''}"
+        )
+        print(line.rstrip())
+    if any(entry["spread"] is not None for entry in rows):
+        print(f"on {machine_line(describe_machine())}")
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Writes a benchmark's results with the machine, the versions and the environment they were got on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    where = {"machine": describe_machine(), "versions": describe_versions(), "environment": describe_environment()}
+    path.write_text(json.dumps(where | results, indent=1) + "\n")

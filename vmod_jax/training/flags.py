@@ -1,0 +1,62 @@
+"""`--config FILE [--config.key=value ...] --workdir DIR`: what the commands that take a configuration share."""
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from vmod_jax.errors import UserError
+from vmod_jax.training import config as configuration
+from vmod_jax.training.config import Config
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, Path]:
+    """`--config FILE [--config.key=value ...] --workdir DIR` -> (configuration, workdir); UserError for a mistake."""
+    values = flags.FlagValues()
+    arguments = ["vmod", *argv]
+    config_flags.DEFINE_config_file("config", None, "a file of configs/", flag_values=values, sys_argv=arguments)
+    flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
+    try:
+        with warnings.catch_warnings():  # ml_collections 1.1 still loads files by a deprecated method of importlib
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
+            rest = values(arguments)[1:]
+        config = values["config"].value
+        if config is not None:
+            file = config_flags.get_config_filename(values["config"])
+            if not Path(file).is_file():
+                raise UserError(f"--config {file}: no such file")
+            config.to_dict()  # a file that could not be read says so when its values are asked for
+    except flags.Error as error:
+        raise UserError(f"{_reason(error)}") from error
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+        raise _config_error(argv, error) from error
+    if rest:
+        raise UserError(f"unexpected {' '.join(rest)}; values are given as --config.key=value")
+    if config is None or values["workdir"].value is None:
+        raise UserError("needs --config FILE (one of configs/) and --workdir DIR")
+    return config, Path(values["workdir"].value)
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error that may hold a traceback: the line that names the exception, else the first."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (named[-1] if named else lines[0]).split(" Other fields present")[0]
+
+
+def _config_error(argv: Sequence[str], error: Exception) -> UserError:
+    known = json.loads(configuration.defaults().to_json())
+    for argument in argv:
+        name = argument.lstrip("-").split("=")[0]
+        if name.startswith("config."):
+            node: Any = known
+            for part in name.split(".")[1:]:
+                node = node.get(part, ...) if isinstance(node, dict) else ...
+            if node is ...:
+                return configuration.unknown_key(name.removeprefix("config."))
+    return UserError(f"the configuration cannot be read: {_reason(error)}")
