@@ -4,13 +4,14 @@ import json
 
 import pytest
 
+from vmod_jax.commands import bench as command
 from vmod_jax.errors import UserError
 from vmod_jax.performance import harness as bench
 
 
 def run(tmp_path, *options):
     path = tmp_path / "out" / "bench.json"
-    bench.main(["flops", "--json", str(path), *options])
+    command.main(["flops", "--json", str(path), *options])
     return json.loads(path.read_text())
 
 
@@ -72,7 +73,7 @@ def test_flops_follows_its_arguments(tmp_path):
 )
 def test_wrong_options_are_one_line(options, message):
     with pytest.raises(UserError, match=message) as error:
-        bench.main(["flops", *options])
+        command.main(["flops", *options])
     assert "\n" not in str(error.value)
 
 
@@ -81,7 +82,7 @@ def test_a_broken_config_is_one_line(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"config\.json"):
-        bench.main(["flops", "--hf-config", str(path)])
+        command.main(["flops", "--hf-config", str(path)])
 
 
 def test_a_row_has_every_key_and_its_ratio():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from vmod_jax.commands import bench as command
 from vmod_jax.data.conversation import IGNORE
 from vmod_jax.errors import UserError
 from vmod_jax.performance import harness as bench
@@ -20,7 +21,7 @@ KEYS = {
 
 def run(tmp_path, name, *options):
     path = tmp_path / f"{name}.json"
-    bench.main([name, "--json", str(path), *options])
+    command.main([name, "--json", str(path), *options])
     results = json.loads(path.read_text())
     assert {"machine", "versions", "rows"} <= results.keys()
     for entry in results["rows"]:
@@ -120,7 +121,7 @@ def test_decode_video(tmp_path):
     (entry,) = run(tmp_path, "decode-video", "--videos", str(path), "--rounds", "1", "--size", "32")["rows"]
     assert (entry["decoded"], entry["yielded"]) == (30, 6)
     with pytest.raises(UserError, match="missing"):
-        bench.main(["decode-video", "--videos", "missing.mp4"])
+        command.main(["decode-video", "--videos", "missing.mp4"])
 
 
 def test_a_batch_has_the_stream_it_was_asked_for():
@@ -158,7 +159,7 @@ def test_summary_has_a_line_for_every_row(tmp_path, capsys):
     for name in ("a", "b"):
         bench.write_json(tmp_path / f"{name}.json", {"rows": [entry]})
     files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
-    bench.main(["summary", *files, "--out", str(tmp_path / "table.md")])
+    command.main(["summary", *files, "--out", str(tmp_path / "table.md")])
     text = (tmp_path / "table.md").read_text()
     cells = "x MoD/full | train_step | 3 | 4 | 0.750 | 0.700 | 0.010 | float32 | full | 10 x 6 + 20"
     assert [line for line in text.splitlines() if "MoD" in line] == [f"| {cells} | {n}.json |" for n in "ab"]
@@ -166,5 +167,5 @@ def test_summary_has_a_line_for_every_row(tmp_path, capsys):
     (tmp_path / "c.json").write_text("[]")
     for wrong, message in (("c.json", "no result"), ("d.json", "no file")):
         with pytest.raises(UserError, match=message):
-            bench.main(["summary", str(tmp_path / wrong)])
+            command.main(["summary", str(tmp_path / wrong)])
     assert summary.COLUMNS[0] == "row"

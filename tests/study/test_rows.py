@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from vmod_jax.commands import cli
+from vmod_jax.commands.table import read_table
 from vmod_jax.errors import UserError
-from vmod_jax.performance.summary import table
-from vmod_jax.study.rows import Row
+from vmod_jax.study.rows import Row, chain, row_config
 from vmod_jax.training import config as configuration
 from vmod_jax.training.metrics import read_metrics
 
@@ -99,21 +99,21 @@ def test_mistakes(made, capsys, arguments, message):
 
 def test_a_row_cannot_change_what_does_not_exist(tiny_config):
     with pytest.raises(UserError, match=r"config\.model\.gridd is no key"):
-        table.row_config(tiny_config, Row({"model.gridd": (0, 0)}), Path("out"), 0)
+        row_config(tiny_config, Row({"model.gridd": (0, 0)}), Path("out"), 0)
 
 
 def test_the_papers_tables():
     """Rows of the same name are the same row in all of them; every row is a model; budgets are equal."""
     rows, steps = {}, {}
     for file in TABLES:
-        config, these = table.read_table(file)
+        config, these = read_table(file)
         every = {name: (config, row) for name, row in these.items()}
         for name, row in these.items():
             assert rows.setdefault(name, row) == row
-            made = configuration.complete(table.row_config(config, row, Path("out"), 1))
+            made = configuration.complete(row_config(config, row, Path("out"), 1))
             configuration.method(made, made.model.num_hidden_layers)
             steps[name] = made.steps
-            for base in table.chain(every, name):
+            for base in chain(every, name):
                 assert these[base].changes["policy"] == "full"
     asked = ["full", "cls_only", "early_exit", "layer_skip", "interleaved", "random", "uniform"]
     assert all(rows[name].seeds >= 3 for name in asked)
