@@ -17,6 +17,8 @@ def _norm(x, scale, eps):
 
 def _linear(p, x, lora):
     y = x @ p["kernel"]
+    if "bias" in p:
+        y = y + p["bias"]
     if "lora_a" in p:
         y = y + x @ p["lora_a"] @ p["lora_b"] * (lora.alpha / lora.rank)
     return y
@@ -45,6 +47,8 @@ def _update(p, x, positions, alive, config, lora):
     size = len(x)
     y = _norm(x, p["input_norm"]["scale"], config.rms_norm_eps)
     q, k, v = (_linear(p[name], y, lora).reshape(size, -1, config.head_dim) for name in "qkv")
+    if "q_norm" in p:
+        q, k = (_norm(x, p[f"{name}_norm"]["scale"], config.rms_norm_eps) for x, name in ((q, "q"), (k, "k")))
     frequencies = rope_frequencies(config)
     mask = (positions[:, None] >= positions[None, :]) & alive[None, :] | np.eye(size, dtype=bool)
     out = _attention(_rope(q, positions, frequencies), _rope(k, positions, frequencies), v, mask)

@@ -141,7 +141,7 @@ def load(
     step: int | None = None,
     **changes: Any,
 ) -> LanguageModel:
-    """Opens a workdir, an imported folder, or a Hugging Face folder.
+    """Opens a workdir, an imported folder, a Hugging Face folder, or a GGUF file.
 
     policy, keep, gate: run the model under another depth policy than the one recorded (a name of `depth.POLICIES`, or
     one LayerSpec a layer); LayerExperts that this adds, at their initialisation, or leaves out are logged in one line.
@@ -149,8 +149,9 @@ def load(
     Raises UserError for a path that is none of these.
     """
     path = Path(path).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a workdir or a Hugging Face folder")
+    is_gguf = path.suffix == ".gguf" and path.is_file()
+    if not (path.is_dir() or is_gguf):
+        raise UserError(f"{path}: no such folder; give a workdir, a Hugging Face folder or a GGUF file")
     if (path / "model.json").exists():
         from vmod_jax.training.checkpoint import load_params
 
@@ -158,7 +159,7 @@ def load(
         folder = workdir.tokenizer_folder(path)
         tokenizer = load_tokenizer(folder) if folder else None
         trained = trained_layers(config, path)
-    elif (path / "config.json").exists():
+    elif is_gguf or (path / "config.json").exists():
         config, params, tokenizer = _from_huggingface(path)
         trained = learned_layers(config.policy)
     else:

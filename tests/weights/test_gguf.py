@@ -14,11 +14,16 @@ KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "
 RNG = np.random.default_rng(0)
 
 
+def head_dim(arch):
+    return 128 if arch == "qwen3" else D // HEADS  # all that transformers makes of a Qwen3's file
+
+
 def metadata(arch="llama", **changes):
     values = {
         "block_count": L, "embedding_length": D, "feed_forward_length": F, "context_length": 512,
         "attention.head_count": HEADS, "attention.head_count_kv": KV, "rope.freq_base": 5e5,
-        "attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_count": D // HEADS,
+        "attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_count": head_dim(arch),
+        "attention.key_length": head_dim(arch), "attention.value_length": head_dim(arch),
     }  # fmt: skip
     return {f"{arch}.{key}": value for key, value in (values | changes).items() if value is not None}
 
@@ -56,7 +61,7 @@ def neighbours(weight, heads):
 
 def tiny(arch="llama", kind="F32", tied=False):
     """Random tensors of a tiny model under llama.cpp's names, as `write` takes them."""
-    h = D // HEADS
+    h = head_dim(arch)
 
     def norm(size):
         return (1 + 0.2 * RNG.normal(size=size)).astype(np.float32), None
@@ -107,28 +112,29 @@ def test_every_quantisation_is_the_packages_own_to_the_bit(tmp_path, kind):
         assert got.astype(np.float32).tobytes() == np.ascontiguousarray(want).tobytes()
 
 
-@pytest.mark.parametrize(("arch", "kind", "tied"), [("llama", "Q8_0", False), ("llama", "F16", True)])
+@pytest.mark.parametrize(
+    ("arch", "kind", "tied"),
+    [("llama", "Q8_0", False), ("llama", "F16", True), ("qwen2", "Q4_1", True), ("qwen3", "Q4_0", False)],
+)
 def test_logits_equal_transformers_reading_the_same_file(tmp_path, arch, kind, tied):
-    check_logits(tmp_path, arch, kind, tied)
-
-
-def check_logits(folder, arch, kind, tied, **changes):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     import vmod_jax
+    from vmod_jax.convert import import_folder
 
-    path = write(folder / "m.gguf", tiny(arch, kind, tied), metadata(arch, **changes) | {f"{arch}.vocab_size": V}, arch)
+    folder = tmp_path
+    path = write(folder / "m.gguf", tiny(arch, kind, tied), metadata(arch) | {f"{arch}.vocab_size": V}, arch)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype=torch.float32).eval()
     ids = RNG.integers(0, V, (2, 40))
     with torch.no_grad():
         want = model(torch.from_numpy(ids)).logits.numpy()
-    from vmod_jax.convert import import_folder
-
     import_folder(path, folder / "run")
-    lm = vmod_jax.load(folder / "run")
     assert np.abs(want).max() > 1
-    np.testing.assert_allclose(lm.logits(ids), want, atol=1e-4, rtol=0)
+    for opened in (folder / "run", path):
+        np.testing.assert_allclose(vmod_jax.load(opened).logits(ids), want, atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match=r"has no config.json but GGUF files: name one of them, such as .*m.gguf"):
+        import_folder(folder, folder / "other")
 
 
 def test_llama_3_scaling_is_found_in_its_factors(tmp_path):
@@ -176,9 +182,9 @@ def test_files_that_are_none_of_ours(tmp_path):
     with pytest.raises(UserError, match="architecture 'gpt2' is not supported"):
         GgufReader(other)
     blocks = {"token_embd.weight": (random_bytes((2, 256), "IQ4_NL"), "IQ4_NL")}
-    with pytest.raises(UserError, match="token_embd.weight is stored as IQ4_NL; use a file in F32"):
+    with pytest.raises(UserError, match=r"token_embd.weight is stored as IQ4_NL; use a file in F32"):
         GgufReader(write(tmp_path / "i.gguf", blocks, metadata()))
     strange = write(tmp_path / "s.gguf", tiny() | {"blk.0.extra.weight": (np.zeros(2, np.float32), None)}, metadata())
     reader = GgufReader(strange)
-    with pytest.raises(UserError, match="unexpected: blk.0.extra.weight"):
+    with pytest.raises(UserError, match=r"unexpected: blk.0.extra.weight"):
         llama_params(reader, LlamaConfig.from_hf_config(hf_config(reader)))

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from vmod_jax.errors import UserError
+from vmod_jax.models.llama import LlamaConfig as Shape
 from vmod_jax.models.vision import VisionConfig
 from vmod_jax.weights.huggingface import (
     TensorReader,
@@ -34,6 +35,8 @@ SHAPE = SimpleNamespace(
     head_dim=4,
     vocab_size=40,
     tie_word_embeddings=False,
+    qkv_bias=False,
+    qk_norm=False,
 )
 TIED = SimpleNamespace(**{**vars(SHAPE), "tie_word_embeddings": True})
 LIMITS = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": 1}
@@ -45,7 +48,8 @@ def hf_llama(folder, tied=False, dtype="float32", shard_size="5GB"):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {key: value for key, value in vars(SHAPE).items() if key not in ("vocab_size", "tie_word_embeddings")}
+    sizes = {key: value for key, value in vars(SHAPE).items() if "size" in key or "num_" in key or key == "head_dim"}
+    sizes.pop("vocab_size")
     model = LlamaForCausalLM(LlamaConfig(**sizes, **LIMITS, tie_word_embeddings=tied)).to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size=shard_size)
     return model
@@ -159,7 +163,7 @@ def test_lora_must_be_merged_and_experts_stay_behind(tmp_path):
 def test_the_reference_checkpoint(goldens):
     folder = goldens / "live"
     config = read_config(folder)
-    shape = SimpleNamespace(**{"head_dim": config["hidden_size"] // config["num_attention_heads"], **config})
+    shape = Shape.from_hf_config(config)
     reader = TensorReader(folder)
     params, connector = llama_params(reader, shape), connector_params(reader)
     assert connector["in"]["kernel"].shape == (16, config["hidden_size"])  # the goldens' frames are 16 wide

@@ -87,7 +87,8 @@ def _sum(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
 
 
 def _merged(leaves: dict[str, Array], lora: LoraConfig) -> dict[str, Array]:
-    return {"kernel": _sum(leaves["kernel"], leaves["lora_a"], leaves["lora_b"], jnp.float32(lora.scale))}
+    base = {name: leaf for name, leaf in leaves.items() if not name.startswith("lora_")}
+    return {**base, "kernel": _sum(leaves["kernel"], leaves["lora_a"], leaves["lora_b"], jnp.float32(lora.scale))}
 
 
 @jax.jit
@@ -102,4 +103,4 @@ def _quantized(leaves: dict[str, Array]) -> dict[str, Array]:
     if "kernel" not in leaves:  # a tied head has none
         return leaves
     kernel, scale = _round(leaves["kernel"])
-    return {"kernel": kernel, "scale": scale}
+    return {**leaves, "kernel": kernel, "scale": scale}

@@ -39,9 +39,32 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
 
+class Kind(NamedTuple):
+    """What sets a Hugging Face model type apart from a Llama; architecture: its class in transformers.
+
+    head_dim: where its config.json says nothing; 0: hidden_size / heads.
+    """
+
+    architecture: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    head_dim: int = 0
+
+
+KINDS = {
+    "llama": Kind("LlamaForCausalLM"),
+    "mistral": Kind("MistralForCausalLM"),
+    "qwen2": Kind("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Kind("Qwen3ForCausalLM", qk_norm=True, head_dim=128),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The part of a Hugging Face Llama (or Mistral) config that decides what is computed; their names."""
+    """The part of a Hugging Face config (of a model type in `KINDS`) that decides what is computed; their names.
+
+    qkv_bias: q, k and v add a bias (Qwen2); qk_norm: every head's q and k go through a norm before RoPE (Qwen3)
+    """
 
     vocab_size: int
     hidden_size: int
@@ -55,6 +78,8 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 8192
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -69,8 +94,8 @@ class LlamaConfig:
 
         Raises UserError for an architecture or an option that this decoder does not compute.
         """
-        if (kind := hf.get("model_type", "llama")) not in ("llama", "mistral"):
-            raise UserError(f"model_type '{kind}' is not supported: bring a Llama or Mistral checkpoint")
+        if (kind := hf.get("model_type", "llama")) not in KINDS:
+            raise UserError(f"model_type '{kind}' is not supported: bring one of {', '.join(KINDS)}")
         missing = [
             name
             for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -83,6 +108,8 @@ class LlamaConfig:
                 raise UserError(f"{option}=true is not supported: bring a Llama without biases")
         if hf.get("hidden_act", "silu") != "silu":
             raise UserError(f"hidden_act '{hf['hidden_act']}' is not supported: Llama's is silu")
+        if hf.get("use_sliding_window"):
+            raise UserError("use_sliding_window=true is not supported: bring a model whose layers see every token")
         rope = hf.get("rope_parameters") or {}
         heads = hf["num_attention_heads"]
         return cls(
@@ -92,12 +119,14 @@ class LlamaConfig:
             num_hidden_layers=hf["num_hidden_layers"],
             num_attention_heads=heads,
             num_key_value_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            head_dim=hf.get("head_dim") or KINDS[kind].head_dim or hf["hidden_size"] // heads,
             rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
             rope_scaling=_rope_scaling(rope or hf.get("rope_scaling") or {}),
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            qkv_bias=KINDS[kind].qkv_bias,
+            qk_norm=KINDS[kind].qk_norm,
         )
 
 
@@ -131,9 +160,10 @@ NO_LORA = LoraConfig()
 
 
 class Linear(nn.Module):
-    """Holds a kernel [..., in, out] and its LoRA pair [..., in, r], [..., r, out]; calling it returns them.
+    """Holds a kernel [..., in, out], perhaps a bias [..., out], and its LoRA pair [..., in, r], [..., r, out].
 
-    The base kernel is of `param_dtype`, ~ N(0, 1/in); LoRA is float32, a ~ N(0, 1/in), b = 0.
+    Calling it returns them. The base kernel is of `param_dtype`, ~ N(0, 1/in), a bias too, 0; LoRA is float32,
+    a ~ N(0, 1/in), b = 0.
     """
 
     shape: tuple[int, int]
@@ -141,6 +171,7 @@ class Linear(nn.Module):
     lora: LoraConfig = NO_LORA
     param_dtype: Any = jnp.float32
     base: bool = True
+    bias: bool = False
 
     @nn.compact
     def __call__(self) -> dict[str, Array]:
@@ -150,6 +181,8 @@ class Linear(nn.Module):
         if self.base:
             init = nn.initializers.normal(size_in**-0.5)
             params["kernel"] = self.param("kernel", init, (*stack, size_in, size_out), self.param_dtype)
+        if self.bias:
+            params["bias"] = self.param("bias", nn.initializers.zeros, (*stack, size_out), self.param_dtype)
         if self.has_variable("params", "scale"):  # of an int8 kernel: see `models/inference.py`
             params["scale"] = self.get_variable("params", "scale")
         if self.lora.rank:
@@ -195,13 +228,17 @@ class StackedLayers(nn.Module):
             "up": (d, hidden),
             "down": (hidden, d),
         }
+        norms = {"input_norm": d, "post_norm": d} | ({"q_norm": c.head_dim, "k_norm": c.head_dim} if c.qk_norm else {})
         expert_init = nn.initializers.normal(self.expert_std)
         return {
             **{
-                name: Leaf("scale", nn.initializers.ones, (stack, d), self.param_dtype, name=name)()
-                for name in ("input_norm", "post_norm")
+                name: Leaf("scale", nn.initializers.ones, (stack, size), self.param_dtype, name=name)()
+                for name, size in norms.items()
             },
-            **{name: Linear(shape, stack, self.lora, self.param_dtype, name=name)() for name, shape in shapes.items()},
+            **{
+                name: Linear(shape, stack, self.lora, self.param_dtype, bias=c.qkv_bias and name in "qkv", name=name)()
+                for name, shape in shapes.items()
+            },
             "expert": Leaf("kernel", expert_init, (stack, d), name="expert")(),
         }
 
@@ -269,10 +306,12 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 
 def linear(params: dict[str, Array], x: Array, lora: LoraConfig, dropout_key: Array | None = None) -> Array:
-    """x W + (alpha / r) drop(x) A B in x's dtype: [..., in] -> [..., out]. W may be int8 with a scale a column."""
+    """x W + bias + (alpha / r) drop(x) A B in x's dtype: [..., in] -> [..., out]. W may be int8, a scale a column."""
     y = x @ params["kernel"].astype(x.dtype)
     if "scale" in params:
         y = (y.astype(jnp.float32) * params["scale"]).astype(x.dtype)
+    if "bias" in params:
+        y += params["bias"].astype(x.dtype)
     if "lora_a" in params:
         low = x
         if dropout_key is not None and lora.dropout:
@@ -340,6 +379,9 @@ def block_update(params, x: Array, position: Array, attention, config: LlamaConf
     q = project("q", y, 0).reshape(batch, size, c.num_attention_heads, c.head_dim)
     k = project("k", y, 1).reshape(batch, size, c.num_key_value_heads, c.head_dim)
     v = project("v", y, 2).reshape(batch, size, c.num_key_value_heads, c.head_dim)
+    if c.qk_norm:
+        q = rms_norm(q, params["q_norm"]["scale"], c.rms_norm_eps)
+        k = rms_norm(k, params["k_norm"]["scale"], c.rms_norm_eps)
     frequencies = rope_frequencies(c)
     out, extra = attention(rope(q, position, frequencies), rope(k, position, frequencies), v)
     a = project("o", out.reshape(batch, size, -1), 3)

@@ -39,6 +39,7 @@ PARAMETERS = (
     (r"llama/head/lora_a$", ("embed", None)),
     (r"llama/head/lora_b$", ("rank", "vocab")),
     (r"layers/(q|k|v)/kernel$", ("layer", "embed", "heads")),
+    (r"layers/(q|k|v)/bias$", ("layer", "heads")),
     (r"layers/(q|k|v)/lora_a$", ("layer", "embed", None)),
     (r"layers/(q|k|v)/lora_b$", ("layer", "rank", "heads")),
     (r"layers/o/kernel$", ("layer", "heads", "embed")),

@@ -35,7 +35,8 @@ def import_folder(
     keep: float | None = None,
     **fields: Any,
 ) -> Done:
-    """Makes a workdir of a Hugging Face folder: model.json, tokenizer/, generation_config.json, checkpoints/0.
+    """Makes a workdir of a Hugging Face folder or GGUF file: model.json, tokenizer/, generation_config.json,
+    checkpoints/0.
 
     vision, adapter: folders of a SigLIP or CLIP tower, of a PEFT adapter; policy, keep: recorded in model.json;
     fields: others of VideoLMConfig. Raises UserError, leaving nothing behind, for whatever does not fit.
@@ -115,7 +116,8 @@ def export_folder(
     with replacing(out, NOTHING) as target:
         if form == "llama":
             left_out = export.llama_folder(target, config, params, generation)
-            what, load = "a LlamaForCausalLM", f"transformers.AutoModelForCausalLM.from_pretrained({name})"
+            what = f"a {export.kind(config.llama)[1].architecture}"
+            load = f"transformers.AutoModelForCausalLM.from_pretrained({name})"
         elif form == "peft":
             base = base or record.get("source")
             left_out = export.peft_folder(target, config, params, base)
@@ -141,9 +143,9 @@ def check_absent(out: Path) -> None:
 
 
 def _source(path: str | Path) -> Path:
-    """A folder; a single file is a mistake with a known remedy."""
+    """A folder or a GGUF file; another single file is a mistake with a known remedy."""
     path = Path(path).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if not path.exists():
         raise UserError(f"{path}: no such folder; download the model and give the folder that has its config.json")

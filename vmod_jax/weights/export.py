@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from vmod_jax.errors import UserError
+from vmod_jax.models.llama import KINDS, Kind, LlamaConfig, share_router
 from vmod_jax.models.experts import learned_layers
-from vmod_jax.models.llama import LlamaConfig, share_router
 from vmod_jax.models.video_lm import VideoLMConfig
 from vmod_jax.weights import huggingface as hf
 from vmod_jax.weights import peft
@@ -24,7 +24,7 @@ TOKENIZER_FILES = (
 
 
 def llama_folder(out: Path, config: VideoLMConfig, params: Any, generation: dict[str, Any]) -> str:
-    """A folder that transformers opens as LlamaForCausalLM, LoRA merged; -> one line on what it leaves out, or ""."""
+    """A folder that transformers opens as a Llama or Qwen, LoRA merged; -> one line on what it leaves out, or ""."""
     llama = _merged(config, params)
     tied = config.llama.tie_word_embeddings and "head" not in llama
     written = llama_config(config.llama, generation) | {"tie_word_embeddings": tied, **_dtype(llama)}
@@ -86,8 +86,16 @@ def vmod_folder(out: Path, config: VideoLMConfig, params: Any, generation: dict[
     return ""
 
 
+def kind(config: LlamaConfig) -> tuple[str, Kind]:
+    """The model type whose blocks compute what the decoder's do. Raises UserError where none does."""
+    for name, one in KINDS.items():
+        if (one.qkv_bias, one.qk_norm) == (config.qkv_bias, config.qk_norm):
+            return name, one
+    raise UserError("no Hugging Face model has both biases on q, k, v and norms on q and k; use --format vmod")
+
+
 def llama_config(config: LlamaConfig, generation: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM, in the form that transformers 4 and 5 both read."""
+    """config.json of the decoder's class, in the form that transformers 4 and 5 both read."""
     scaling = config.rope_scaling
     rope: dict[str, Any] | None = None
     if scaling is not None:
@@ -96,9 +104,10 @@ def llama_config(config: LlamaConfig, generation: dict[str, Any]) -> dict[str, A
         rope = {"rope_type": scaling.rope_type, "factor": scaling.factor, **more}
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     names += ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "rope_theta")
+    model_type, made = kind(config)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [made.architecture],
+        "model_type": model_type,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,

@@ -17,13 +17,14 @@ from vmod_jax.models.depth import make_policy
 from vmod_jax.models.llama import LlamaConfig, LoraConfig
 from vmod_jax.models.video_lm import VideoLMConfig, init_params
 from vmod_jax.models.vision import VisionConfig, check_frame_tokens
+from vmod_jax.weights import gguf, peft
 from vmod_jax.weights import huggingface as hf
-from vmod_jax.weights import peft
 from vmod_jax.weights.huggingface import LazyArray, Params, TensorReader
 
 log = logging.getLogger(__name__)
 
 MODEL_TYPE = "videollm_mod"  # of `vmod export --format vmod`; its config.json has our model.json under "video_lm"
+GGUF = ".gguf"
 FEATURE_SIZE = 1024  # d_v where nothing says it: that of SigLIP-L and CLIP-L
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -40,7 +41,8 @@ class Opened(NamedTuple):
 
 
 def open_folder(path: str | Path, vision: str | Path | None = None, adapter: str | Path | None = None) -> Opened:
-    """A folder of a Llama, of VideoLLM-online (frame keys in its config, `connector.*`), or of a `vmod` export.
+    """A Llama's or Qwen's folder or GGUF file, VideoLLM-online's (frame keys in its config, `connector.*`), or a `vmod`
+    export.
 
     vision: a SigLIP or CLIP folder, whose tower comes with the model; adapter: a PEFT folder, whose LoRA pairs and
     connector come on top. Raises UserError for whatever does not fit, before any array is read.
@@ -48,11 +50,18 @@ def open_folder(path: str | Path, vision: str | Path | None = None, adapter: str
     path = Path(path)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise UserError(f"{path} is a PEFT adapter: import its base model and name it there, --adapter {path}")
-    raw = hf.read_config(path)
+    if path.suffix == GGUF:
+        reader = gguf.GgufReader(path)
+        raw = gguf.hf_config(reader)
+    else:
+        if not (path / "config.json").is_file() and (files := sorted(path.glob(f"*{GGUF}"))):
+            raise UserError(f"{path} has no config.json but GGUF files: name one of them, such as {files[0]}")
+        raw = hf.read_config(path)
+        reader = TensorReader(path)
     if raw.get("model_type") == MODEL_TYPE:
         config, arrays = _open_vmod(path, raw)
     else:
-        config, arrays = _open_llama(path, raw)
+        config, arrays = _open_llama(reader, raw)
     tokenizer = tokenizer_folder(path)
     if tokenizer is not None and "v_placeholder_id" not in raw and raw.get("model_type") != MODEL_TYPE:
         config = dataclasses.replace(config, frame_token_id=_frame_token_id(tokenizer))
@@ -65,11 +74,10 @@ def open_folder(path: str | Path, vision: str | Path | None = None, adapter: str
     return Opened(config, arrays, tokenizer, {name: raw[name] for name in TOKEN_IDS if name in raw} | generation)
 
 
-def _open_llama(path: Path, raw: dict[str, Any]) -> tuple[VideoLMConfig, Params]:
+def _open_llama(reader: TensorReader, raw: dict[str, Any]) -> tuple[VideoLMConfig, Params]:
     llama = LlamaConfig.from_hf_config(raw)
     if (window := raw.get("sliding_window")) and raw.get("model_type") == "mistral":
         log.warning("sliding_window=%d is not computed: outputs are the original's up to that many tokens", window)
-    reader = TensorReader(path)
     arrays: Params = {"llama": hf.llama_arrays(reader, llama)}
     if any(name.startswith("connector.") for name in reader.names()):
         arrays["connector"] = hf.connector_arrays(reader)
@@ -145,13 +153,17 @@ def _feature_size(arrays: Params) -> int | None:
 
 
 def tokenizer_folder(path: Path) -> Path | None:
-    """Where a model's tokenizer files lie: beside its config.json or in tokenizer/; None for a model without."""
+    """Where a model's tokenizer lies: beside its config.json, in tokenizer/, in its GGUF file; None without one."""
+    if path.suffix == GGUF:
+        return path if gguf.has_tokenizer(path) else None
     names = ("tokenizer.json", "tokenizer.model")
     return next((f for f in (path / "tokenizer", path) if any((f / name).is_file() for name in names)), None)
 
 
 def load_tokenizer(folder: Path) -> Any:
     """An HF tokenizer; raises UserError where transformers cannot make one of the files."""
+    if folder.suffix == GGUF:
+        return gguf.load_tokenizer(folder)
     from transformers import AutoTokenizer
 
     try:

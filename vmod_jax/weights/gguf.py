@@ -4,6 +4,7 @@
 config.json that the file's metadata describe. Quantised weights become float32; F32, F16 and BF16 stay what they are.
 """
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,8 @@ _ROPE_FREQS = "rope_freqs.weight"  # by what each pair's frequency is divided: L
 
 # general.architecture -> whether q's and k's rows are reordered for rotations of neighbouring channels
 ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
+_REORDERED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}  # modules -> their heads
+_TOKENIZER = "tokenizer.ggml.model"
 
 # Metadata behind "ARCHITECTURE." -> config.json's keys.
 _KEYS = {
@@ -79,40 +82,17 @@ class GgufReader(TensorReader):
     def __init__(self, path: str | Path):
         self.folder = Path(path)
         file = _open(self.folder)
-        self.metadata = {
-            key: field.contents()
-            for key, field in file.fields.items()
-            if not key.startswith("tokenizer.") or key.endswith("_token_id")
-        }
+        self.metadata = {key: file.fields[key].contents() for key in file.fields if _is_short(key)}
         self.architecture = self.metadata.get("general.architecture")
         if self.architecture not in ARCHITECTURES:
-            raise UserError(
-                f"{path}: architecture '{self.architecture}' is not supported: bring a GGUF of {', '.join(ARCHITECTURES)}"
-            )
-        heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
-        heads = {module: self.get_metadata(key) for module, key in heads.items() if ARCHITECTURES[self.architecture]}
-        self._tensors: Any = {}
-        self.rope_freqs = None
-        size = self.folder.stat().st_size
-        for tensor in file.tensors:
-            kind = tensor.tensor_type.name
-            if kind not in (*_STORED, *_QUANTISED):
-                raise UserError(
-                    f"{path}: {tensor.name} is stored as {kind}; use a file in {', '.join((*_STORED, *_QUANTISED))}"
-                )
-            shape = tuple(int(x) for x in reversed(tensor.shape))
-            offset, row_bytes = int(tensor.data_offset), int(tensor.n_bytes) // int(np.prod(shape[:-1]))
-            if offset + int(tensor.n_bytes) > size:
-                raise UserError(f"{path} is truncated: {tensor.name} lies beyond its end; download it again")
-            name, module = _hf_name(tensor.name)
-            self._tensors[name] = _Tensor(shape, kind, offset, row_bytes, heads.get(module) or 0)
-        if _ROPE_FREQS in self._tensors:
-            self.rope_freqs = self.get(_ROPE_FREQS)
-            del self._tensors[_ROPE_FREQS]
-
-    def get_metadata(self, key: str) -> Any:
-        """A value of the architecture's own metadata; None where there is none."""
-        return self.metadata.get(f"{self.architecture}.{key}")
+            known = ", ".join(ARCHITECTURES)
+            raise UserError(f"{path}: architecture '{self.architecture}' is not supported: bring a GGUF of {known}")
+        heads = {}
+        if ARCHITECTURES[self.architecture]:
+            heads = {module: self.metadata.get(f"{self.architecture}.{key}") for module, key in _REORDERED.items()}
+        self._tensors: Any = dict(_entry(self.folder, tensor, heads) for tensor in file.tensors)
+        self.rope_freqs = self.get(_ROPE_FREQS) if _ROPE_FREQS in self._tensors else None
+        self._tensors.pop(_ROPE_FREQS, None)
 
     def dtype(self, name: str) -> np.dtype:
         """As `get` returns it."""
@@ -122,7 +102,7 @@ class GgufReader(TensorReader):
         """The tensor in Hugging Face's shape and order, dequantised band by band."""
         tensor = self._tensors[name]
         *lead, width = tensor.shape
-        rows = int(np.prod(lead))
+        rows = math.prod(lead)
         out = np.empty((rows, width), self.dtype(name))
         band = max(1, BAND_VALUES // width)
         with open(self.folder, "rb") as file:
@@ -145,6 +125,24 @@ def _open(path: Path) -> Any:
         return gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, OSError, TypeError) as error:
         raise UserError(f"{path} is truncated or no GGUF file ({error}); download it again") from None
+
+
+def _is_short(key: str) -> bool:
+    """Whether a key of the metadata is no long list of tokens."""
+    return not key.startswith("tokenizer.") or key == _TOKENIZER or key.endswith("_token_id")
+
+
+def _entry(path: Path, tensor: Any, heads: dict[str, int | None]) -> tuple[str, _Tensor]:
+    """(Hugging Face's name, where it lies) of one of the gguf package's tensors."""
+    kind, known = tensor.tensor_type.name, (*_STORED, *_QUANTISED)
+    if kind not in known:
+        raise UserError(f"{path}: {tensor.name} is stored as {kind}; use a file in {', '.join(known)}")
+    shape = tuple(int(x) for x in reversed(tensor.shape))
+    if tensor.data_offset + tensor.n_bytes > path.stat().st_size:
+        raise UserError(f"{path} is truncated: {tensor.name} lies beyond its end; download it again")
+    name, module = _hf_name(tensor.name)
+    row_bytes = int(tensor.n_bytes) // math.prod(shape[:-1])
+    return name, _Tensor(shape, kind, int(tensor.data_offset), row_bytes, heads.get(module) or 0)
 
 
 def _values(raw: np.ndarray, kind: str) -> np.ndarray:
@@ -177,7 +175,8 @@ def hf_config(reader: GgufReader) -> dict[str, Any]:
     strange = [key for key in own if key not in known] + [key for key in _ABSENT if own.get(key)]
     strange += [key for key in _KEYS if isinstance(own.get(key), list)]
     if strange:
-        raise UserError(f"{reader.folder}: {prefix}{strange[0]} = {own[strange[0]]} is not understood: bring a plain model")
+        value = f"{prefix}{strange[0]} = {own[strange[0]]}"
+        raise UserError(f"{reader.folder}: {value} is not understood: bring a plain model")
     raw = {"model_type": reader.architecture} | {_KEYS[key]: own[key] for key in _KEYS if key in own}
     lengths = {own[key] for key in _HEADS if key in own}
     if len(lengths) > 1:
@@ -190,24 +189,29 @@ def hf_config(reader: GgufReader) -> dict[str, Any]:
     if scaling and scaling.get("rope_type") != "none":
         raw["rope_scaling"] = scaling
     if reader.rope_freqs is not None:
-        raw["rope_scaling"] = _llama3_scaling(reader, raw)
+        raw["rope_scaling"] = _llama3_scaling(reader.folder, reader.rope_freqs, raw)
     ids = {ours: reader.metadata.get(f"tokenizer.ggml.{theirs}") for theirs, ours in _TOKEN_IDS.items()}
     return raw | {name: value for name, value in ids.items() if value is not None}
 
 
-def _llama3_scaling(reader: GgufReader, raw: dict[str, Any]) -> dict[str, Any]:
+def _llama3_scaling(path: Path, divisors: np.ndarray, raw: dict[str, Any]) -> dict[str, Any]:
     """The "llama3" scaling that divides frequencies as the file's tensor does; the file has no other word of it."""
     from vmod_jax.models.llama import LlamaConfig, rope_frequencies
 
     scaling = {
-        "rope_type": "llama3", "factor": float(reader.rope_freqs.max()), "low_freq_factor": 1.0,
+        "rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
     }  # fmt: skip
     with_it = LlamaConfig.from_hf_config({**raw, "rope_scaling": scaling})
     divided = rope_frequencies(LlamaConfig.from_hf_config(raw)) / rope_frequencies(with_it)
-    if divided.shape != reader.rope_freqs.shape or not np.allclose(divided, reader.rope_freqs, rtol=1e-5):
-        raise UserError(f"{reader.folder}: {_ROPE_FREQS} scales positions as no Llama 3 does: bring its safetensors")
+    if divided.shape != divisors.shape or not np.allclose(divided, divisors, rtol=1e-5):
+        raise UserError(f"{path}: {_ROPE_FREQS} scales positions as no Llama 3 does: bring its safetensors")
     return scaling
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether the file brings a tokenizer."""
+    return _TOKENIZER in _open(path).fields
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -47,6 +47,10 @@ class LlamaShape(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
+    @property
+    def qkv_bias(self) -> bool: ...
+    @property
+    def qk_norm(self) -> bool: ...
 
 
 # ------------------------------------------------------------------------------------------------------- files
@@ -235,6 +239,8 @@ LLAMA_MODULES = {
     "layers/q": "model.layers.{i}.self_attn.q_proj",
     "layers/k": "model.layers.{i}.self_attn.k_proj",
     "layers/v": "model.layers.{i}.self_attn.v_proj",
+    "layers/q_norm": "model.layers.{i}.self_attn.q_norm",
+    "layers/k_norm": "model.layers.{i}.self_attn.k_norm",
     "layers/o": "model.layers.{i}.self_attn.o_proj",
     "layers/post_norm": "model.layers.{i}.post_attention_layernorm",
     "layers/gate": "model.layers.{i}.mlp.gate_proj",
@@ -422,6 +428,10 @@ def llama_shapes(cfg: LlamaShape) -> dict[str, tuple[int, ...]]:
     }
     if not cfg.tie_word_embeddings:
         shapes["head/kernel"] = (d, cfg.vocab_size)
+    if cfg.qkv_bias:
+        shapes |= {"layers/q/bias": (stack, queries), "layers/k/bias": (stack, keys), "layers/v/bias": (stack, keys)}
+    if cfg.qk_norm:
+        shapes |= {f"layers/{name}/scale": (stack, cfg.head_dim) for name in ("q_norm", "k_norm")}
     return shapes
 
 

@@ -150,7 +150,8 @@ def merge(llama: Params, lora: LoraConfig, tied: bool) -> Params:
 def _merged(holder: Params, lora: LoraConfig) -> Params:
     if "lora_a" not in holder:
         return holder
-    return {"kernel": _Sum(np.asarray(holder["kernel"]), holder["lora_a"], holder["lora_b"], lora.scale)}
+    base = {name: leaf for name, leaf in holder.items() if not name.startswith("lora_")}
+    return {**base, "kernel": _Sum(np.asarray(holder["kernel"]), holder["lora_a"], holder["lora_b"], lora.scale)}
 
 
 class _Sum:

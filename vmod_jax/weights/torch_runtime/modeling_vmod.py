@@ -116,16 +116,19 @@ class Attention(nn.Module):
         super().__init__()
         d, h = llama["hidden_size"], llama["head_dim"]
         self.heads, self.kv_heads, self.size = llama["num_attention_heads"], llama["num_key_value_heads"], h
-        self.q_proj = nn.Linear(d, self.heads * h, bias=False)
-        self.k_proj = nn.Linear(d, self.kv_heads * h, bias=False)
-        self.v_proj = nn.Linear(d, self.kv_heads * h, bias=False)
+        bias, norm = llama.get("qkv_bias", False), llama.get("qk_norm", False)
+        self.q_proj = nn.Linear(d, self.heads * h, bias=bias)
+        self.k_proj = nn.Linear(d, self.kv_heads * h, bias=bias)
+        self.v_proj = nn.Linear(d, self.kv_heads * h, bias=bias)
+        self.q_norm, self.k_norm = (RMSNorm(h, llama["rms_norm_eps"]) if norm else nn.Identity() for _ in range(2))
         self.o_proj = nn.Linear(self.heads * h, d, bias=False)
         self.frequencies = rope_frequencies(llama)
 
     def forward(self, x, position, remember):
         """x: [T, d]; position: [T]; remember: (keys, values) [T, K, h] -> all those to look at and their positions."""
-        q = rope(self.q_proj(x).view(len(x), self.heads, self.size), position, self.frequencies)
-        k = rope(self.k_proj(x).view(len(x), self.kv_heads, self.size), position, self.frequencies)
+        q = self.q_norm(self.q_proj(x).view(len(x), self.heads, self.size))
+        k = self.k_norm(self.k_proj(x).view(len(x), self.kv_heads, self.size))
+        q, k = rope(q, position, self.frequencies), rope(k, position, self.frequencies)
         k, v, k_position = remember(k, self.v_proj(x).view(len(x), self.kv_heads, self.size))
         repeat = self.heads // self.kv_heads
         q, k, v = (y.transpose(0, 1)[None] for y in (q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)))
