@@ -343,7 +343,9 @@ low_rank.defvjp(lambda low, b: (low @ b, (low, b)), _low_rank_backward)
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     """Angular frequency of each pair of a head's channels, in radians a token: f32[h / 2]."""
     h = config.head_dim
-    freq = 1.0 / config.rope_theta ** (np.arange(0, h, 2, dtype=np.float32) / h)
+    # A power rounded once, as PyTorch's is: NumPy's in float32 is a bit off, which 2000 positions make much of.
+    power = np.float64(config.rope_theta) ** (np.arange(0, h, 2, dtype=np.float32) / np.float32(h)).astype(np.float64)
+    freq = 1 / power.astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return freq.astype(np.float32)

@@ -93,7 +93,8 @@ class RMSNorm(nn.Module):
 def rope_frequencies(llama):
     """Radians a token of each pair of a head's channels: f32[h / 2]; with Llama 3's scaling or a linear one."""
     h, scaling = llama["head_dim"], llama.get("rope_scaling")
-    frequency = 1.0 / llama["rope_theta"] ** (np.arange(0, h, 2, dtype=np.float32) / h)
+    power = np.float64(llama["rope_theta"]) ** (np.arange(0, h, 2, dtype=np.float32) / np.float32(h)).astype(np.float64)
+    frequency = 1 / power.astype(np.float32)
     if scaling and scaling["rope_type"] == "linear":
         frequency = frequency / scaling["factor"]
     elif scaling:  # long wavelengths are stretched, short ones stay, those between are blended
