@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -19,3 +20,25 @@ class Connector(nn.Module):
     def __call__(self, features: Array) -> Array:
         dense = lambda name: nn.Dense(self.size_out, dtype=self.dtype, name=name)  # noqa: E731
         return dense("out")(jax.nn.gelu(dense("in")(features), approximate=False))
+
+
+def bilinear(size: int, places: int) -> np.ndarray:
+    """f32[places, size]: the weights by which torch's bilinear interpolation reads `size` values at `places`."""
+    half = np.float32(0.5)  # places are worked out in float32, as there
+    at = np.maximum((np.arange(places, dtype=np.float32) + half) * np.float32(size / places) - half, 0)
+    low = np.floor(at).astype(int)
+    matrix = np.zeros((places, size), np.float32)
+    matrix[np.arange(places), low] += 1 - (at - low)
+    matrix[np.arange(places), np.minimum(low + 1, size - 1)] += at - low
+    return matrix
+
+
+def pool(tokens: Array, grid: tuple[int, int], pooled: tuple[int, int]) -> Array:
+    """The connector's h x w tokens of a frame read at h' x w' places: [..., h * w, d] -> [..., h' * w', d].
+
+    LLaVA-OneVision (arXiv 2408.03326) makes 14 x 14 tokens of a video's 27 x 27 patches so, behind the connector.
+    """
+    rows, columns = (bilinear(size, places) for size, places in zip(grid, pooled, strict=True))
+    square = tokens.reshape(*tokens.shape[:-2], *grid, tokens.shape[-1])
+    square = jnp.einsum("iH,...HWd,jW->...ijd", rows, square, columns, precision=jax.lax.Precision.HIGHEST)
+    return square.reshape(*tokens.shape[:-2], pooled[0] * pooled[1], tokens.shape[-1]).astype(tokens.dtype)

@@ -17,6 +17,7 @@ from jax import Array
 from vmod_jax.errors import UserError
 from vmod_jax.models import kv_cache
 from vmod_jax.models.attention import BACKENDS
+from vmod_jax.models.connector import Connector, pool
 from vmod_jax.models.connectors import Connector
 from vmod_jax.models.context import Beginning
 from vmod_jax.models.depth import LayerSpec, Policy, kept_counts
@@ -26,6 +27,7 @@ from vmod_jax.models.layout import Layout, find_frames, invert, take_rows
 from vmod_jax.models.llama import (
     NO_LORA,
     REMAT,
+    Leaf,
     Llama,
     LlamaConfig,
     LoraConfig,
@@ -48,6 +50,8 @@ class VideoLMConfig:
 
     vision: None where frames come as features only; vision_hidden_size: d_v of those features
     cls, grid: a frame is its CLS token (if cls) and h x w pooled patches; frame_token_id: of the frame's place in text
+    pooled: h' x w' tokens that `connector.pool` makes of those behind the connector; None: it leaves them as they are
+    newline_token_id: of a token whose embedding is not its row but `newline`, which closes a LLaVA's video
     policy: one LayerSpec a layer; gate, always_keep_last, router_seed: see `llama.Routing`
     shared_router: all routed layers choose by one LayerExpert, row 0 of the stacked ones
     remat, attention: names of `llama.REMAT` and of `attention.BACKENDS`
@@ -72,6 +76,8 @@ class VideoLMConfig:
     attention: str = "auto"
     dtype: str = "float32"
     param_dtype: str = "float32"
+    pooled: tuple[int, int] | None = None
+    newline_token_id: int | None = None
 
     def __post_init__(self):
         if len(self.policy) != self.llama.num_hidden_layers:
@@ -87,10 +93,17 @@ class VideoLMConfig:
                 raise UserError(f"unknown {name} '{value}': use one of {', '.join(allowed)}")
         if self.tokens_per_frame < 1:
             raise UserError("a frame needs at least one token: turn cls on or give a grid such as (3, 3)")
+        if self.pooled and self.cls:
+            raise UserError("tokens that are pooled behind the connector are a grid's: turn cls off")
+
+    @property
+    def features_per_frame(self) -> int:
+        """Features that the connector is given of a frame."""
+        return int(self.cls) + self.grid[0] * self.grid[1]
 
     @property
     def tokens_per_frame(self) -> int:
-        return int(self.cls) + self.grid[0] * self.grid[1]
+        return self.features_per_frame if self.pooled is None else self.pooled[0] * self.pooled[1]
 
     @property
     def routing(self) -> Routing:
@@ -116,6 +129,7 @@ class VideoLMConfig:
         raw["policy"] = tuple(LayerSpec(**spec) for spec in raw["policy"])
         raw["lora"] = LoraConfig(**raw["lora"])
         raw["grid"] = tuple(raw["grid"])
+        raw["pooled"] = tuple(raw["pooled"]) if raw.get("pooled") else None
         raw["vision"] = VisionConfig.from_dict(raw["vision"]) if raw.get("vision") else None
         return cls(**raw)
 
@@ -139,11 +153,13 @@ class VideoLM(nn.Module):
         self.connector = Connector(c.vision_hidden_size, c.llama.hidden_size, DTYPES[c.dtype])
         if c.vision is not None:
             self.vision = VisionTower(c.vision, cls=c.cls, grid=c.grid)
+        if c.newline_token_id is not None:
+            self.newline = Leaf("embedding", nn.initializers.normal(1.0), (c.llama.hidden_size,), DTYPES[c.param_dtype])
 
     def features(self, frames: Array) -> Array:
         """Frames to encoder features: u8[B, F, S, S, 3] pixels -> f32[B, F, n, d_v]; features pass as they are."""
         if frames.ndim == 4:
-            chex.assert_shape(frames, (None, None, self.config.tokens_per_frame, self.config.vision_hidden_size))
+            chex.assert_shape(frames, (None, None, self.config.features_per_frame, self.config.vision_hidden_size))
             return frames
         if self.config.vision is None:
             raise UserError("this model has no vision tower: give it features f32[B, F, n, d_v], not pixels")
@@ -155,11 +171,15 @@ class VideoLM(nn.Module):
         table = self.llama.embedding()
         # The frame token has no row of its own; its embedding is never looked at.
         text = lookup(table, jnp.clip(input_ids, 0, table.shape[0] - 1)).astype(dtype)
+        if (newline := self.config.newline_token_id) is not None:
+            text = jnp.where((input_ids == newline)[..., None], self.newline()["embedding"].astype(dtype), text)
         if frames is None or frames.shape[1] == 0:
             if self.is_initializing():
                 self.connector(jnp.zeros((1, self.config.vision_hidden_size)))
             return text
         tokens = self.connector(self.features(frames)).astype(dtype)
+        if self.config.pooled is not None:
+            tokens = pool(tokens, self.config.grid, self.config.pooled)
         tokens = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
         index = jnp.where(layout.vision >= 0, layout.vision, tokens.shape[1])
         vision = take_rows(tokens, index, invert(index, tokens.shape[1]))
@@ -216,7 +236,7 @@ class VideoLM(nn.Module):
 def dummy_frames(config: VideoLMConfig, batch: int = 1, frames: int = 1) -> Array:
     """Zeros in the form in which the model takes frames: pixels where it has a tower, else features."""
     if config.vision is None:
-        return jnp.zeros((batch, frames, config.tokens_per_frame, config.vision_hidden_size))
+        return jnp.zeros((batch, frames, config.features_per_frame, config.vision_hidden_size))
     return jnp.zeros((batch, frames, config.vision.image_size, config.vision.image_size, 3), jnp.uint8)
 
 
@@ -225,7 +245,7 @@ def check_frames(config: VideoLMConfig, frames: Any, lead: int) -> Any:
 
     Raises UserError where they are not what the model takes.
     """
-    features, pixels = (config.tokens_per_frame, config.vision_hidden_size), dummy_frames(config).shape[2:]
+    features, pixels = (config.features_per_frame, config.vision_hidden_size), dummy_frames(config).shape[2:]
     if frames.shape[lead:] not in (features, pixels):
         takes = f"{list(pixels)}" if features == pixels else f"{list(pixels)} pixels or {list(features)} features"
         raise UserError(f"a frame of shape {list(frames.shape[lead:])}, but the model takes {takes}")

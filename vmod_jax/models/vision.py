@@ -63,6 +63,8 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
     hidden_act: str = "gelu_pytorch_tanh"
     head: bool = True  # SigLIP's attention-pooling head, which makes its CLS token; CLIP and `patches` have none
+    # None: tokens are the encoder's output; -1, -2, ...: the hidden state so far from the last, before any last norm
+    feature_layer: int | None = None
 
     def __post_init__(self):
         """Raises UserError when the fields do not make an encoder."""
@@ -84,6 +86,8 @@ class VisionConfig:
             raise UserError(
                 f"vision: hidden_size {self.hidden_size} must be a multiple of the {self.num_attention_heads} heads"
             )
+        if self.feature_layer is not None and not -self.num_hidden_layers <= self.feature_layer <= -1:
+            raise UserError(f"vision: feature_layer {self.feature_layer}: give -1 to -{self.num_hidden_layers}")
         if self.hidden_act not in _ACTIVATIONS:
             raise UserError(f"vision: unknown hidden_act {self.hidden_act!r}; use one of {', '.join(_ACTIVATIONS)}")
 
@@ -91,6 +95,11 @@ class VisionConfig:
     def side(self) -> int:
         """Patches a side, G: the finest grid of frame tokens."""
         return self.image_size // self.patch_size
+
+    @property
+    def layers_run(self) -> int:
+        """Layers that the tokens go through; the others are held, so that the tree is the whole published encoder."""
+        return self.num_hidden_layers + 1 + (-1 if self.feature_layer is None else self.feature_layer)
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> "VisionConfig":
@@ -293,6 +302,8 @@ def mlp(params: Params, x: jax.Array, activation: str) -> jax.Array:
 
 def _layers(params: Params, x: jax.Array, config: VisionConfig) -> jax.Array:
     """The stack of pre-norm transformer layers, params with a leading L: [..., N, d] -> [..., N, d]."""
+    if config.layers_run < config.num_hidden_layers:
+        params = jax.tree.map(lambda leaf: leaf[: config.layers_run], params)
 
     def layer(x: jax.Array, params: Params) -> tuple[jax.Array, None]:
         y = layer_norm(params["norm1"], x, config.layer_norm_eps)
@@ -308,7 +319,10 @@ def siglip(params: Params, x: jax.Array, config: VisionConfig) -> tuple[jax.Arra
     """Normalised pixels [..., S, S, 3] -> the pooler output [..., d] (None without a head), patches [..., G*G, d]."""
     embed = params["embed"]
     x = linear(embed, patchify(x, config.patch_size)) + embed["position"].astype(x.dtype)
-    x = layer_norm(params["post_norm"], _layers(params["layers"], x, config), config.layer_norm_eps)
+    x = _layers(params["layers"], x, config)
+    if config.feature_layer is not None:
+        return None, x
+    x = layer_norm(params["post_norm"], x, config.layer_norm_eps)
     if not config.head:
         return None, x
     head = params["head"]
@@ -362,7 +376,7 @@ def check_frame_tokens(config: VisionConfig, cls: bool, grid: tuple[int, int]) -
         )
     if not cls and h == 0:
         raise UserError("vision: a frame needs at least one token; turn cls on or give a grid")
-    if cls and config.kind == "siglip" and not config.head:
+    if cls and config.kind == "siglip" and (not config.head or config.feature_layer is not None):
         raise UserError("vision: this SigLIP has no pooling head, hence no CLS token; turn cls off")
     return int(cls) + h * w
 

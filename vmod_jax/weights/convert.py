@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from vmod_jax.errors import UserError
 
 NOTHING = ""  # what `replacing` may replace
-FORMATS = ("llama", "peft", "vmod")
+FORMATS = ("llama", "peft", "llava", "vmod")
 
 
 class Done(NamedTuple):
@@ -59,12 +59,15 @@ def import_folder(
     if policy is not None or keep is not None:
         name = "interleaved" if policy is None else policy
         fields["policy"] = make_policy(name, layers, 0.2 if keep is None else keep)
+    if config.pooled is not None and "grid" in fields:
+        fields["pooled"] = fields.pop("grid")  # the tokens of a frame, whatever makes them
     config = dataclasses.replace(config, **fields)
     if config.vision is not None:
         check_frame_tokens(config.vision, config.cls, config.grid)
     tree, missing = complete(config, opened.arrays)
     record = {"source": str(source.absolute()), "vision": vision and str(vision), "adapter": adapter and str(adapter)}
     record["experts"] = "initialised" if "llama/layers/expert/kernel" in missing else "imported"
+    record |= {"llava": opened.llava} if opened.llava else {}
     with replacing(out, NOTHING) as folder:
         workdir.write(folder, config, None)
         export.write_json(folder / IMPORTED, record)
@@ -93,7 +96,7 @@ def import_folder(
 def export_folder(
     folder: str | Path, out: str | Path, form: str = "llama", step: int | None = None, base: str | None = None
 ) -> Done:
-    """Writes a workdir's model as `form`: llama, peft or vmod. Raises UserError, leaving nothing behind."""
+    """Writes a workdir's model as `form`, one of FORMATS. Raises UserError, leaving nothing behind."""
     from vmod_jax import workdir
     from vmod_jax.data.storage import replacing
     from vmod_jax.models.experts import IMPORTED
@@ -122,6 +125,9 @@ def export_folder(
             base = base or record.get("source")
             left_out = export.peft_folder(target, config, params, base)
             what, load = "a PEFT adapter", f"peft.PeftModel.from_pretrained(base, {name}), base: {base or 'its model'}"
+        elif form == "llava":
+            left_out = export.llava_folder(target, config, params, record.get("llava"))
+            what, load = "a LLaVA", f"transformers.AutoModelForImageTextToText.from_pretrained({name})"
         else:
             left_out = export.vmod_folder(target, config, params, generation)
             what = "the whole model and its PyTorch code"

@@ -13,13 +13,14 @@ from vmod_jax.models.llama import KINDS, Kind, LlamaConfig, share_router
 from vmod_jax.models.experts import learned_layers
 from vmod_jax.models.video_lm import VideoLMConfig
 from vmod_jax.weights import huggingface as hf
-from vmod_jax.weights import peft
+from vmod_jax.weights import llava, peft
 from vmod_jax.weights.folder import MODEL_TYPE, without_lora
 
 SHARD_BYTES = 2 * 10**9  # a shard is held in memory while it is written
 RUNTIME = Path(__file__).parent / "torch_runtime"
 TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+    "*processor_config.json",
 )  # fmt: skip
 
 
@@ -33,6 +34,22 @@ def llama_folder(out: Path, config: VideoLMConfig, params: Any, generation: dict
         write_json(out / "generation_config.json", generation)
     hf.write_tensors(out, hf.llama_tensors(llama), SHARD_BYTES)
     return _left_out(config, ["connector"] + (["vision tower"] if "vision" in params else []))
+
+
+def llava_folder(out: Path, config: VideoLMConfig, params: Any, form: dict[str, Any] | None) -> str:
+    """A folder in the form of the LLaVA that the model was imported from; -> one line on what it leaves out, or "".
+
+    form: `folder.Opened.llava`. Raises UserError for a model that was none.
+    """
+    if form is None or config.vision is None:
+        raise UserError("the model was not imported from a LLaVA, whose form it would go back to; use --format vmod")
+    llama = _merged(config, params)
+    if config.llama.tie_word_embeddings and "head" in llama:
+        raise UserError("LoRA gave the tied head values of its own, which a LLaVA has no place for; use --format vmod")
+    write_json(out / "config.json", form["config"])
+    whole = {**params, "llama": llama}
+    hf.write_tensors(out, llava.tensors(whole, config.vision, form["prefixes"]), SHARD_BYTES)
+    return _left_out(config, [])
 
 
 def peft_folder(out: Path, config: VideoLMConfig, params: Any, base: str | None) -> str:
@@ -79,6 +96,8 @@ def vmod_folder(out: Path, config: VideoLMConfig, params: Any, generation: dict[
         yield from hf.connector_tensors(params["connector"])
         if config.vision is not None and "vision" in params:
             yield from hf.vision_tensors(params["vision"], config.vision)
+        if "newline" in params:
+            yield llava.NEWLINE, np.asarray(params["newline"]["embedding"])
 
     hf.write_tensors(out, tensors(), SHARD_BYTES)
     for file in sorted(RUNTIME.glob("*.py")):

@@ -17,7 +17,7 @@ from vmod_jax.models.depth import make_policy
 from vmod_jax.models.llama import LlamaConfig, LoraConfig
 from vmod_jax.models.video_lm import VideoLMConfig, init_params
 from vmod_jax.models.vision import VisionConfig, check_frame_tokens
-from vmod_jax.weights import gguf, peft
+from vmod_jax.weights import gguf, llava, peft
 from vmod_jax.weights import huggingface as hf
 from vmod_jax.weights.huggingface import LazyArray, Params, TensorReader
 
@@ -31,18 +31,20 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 class Opened(NamedTuple):
     """config: under the `full` policy (a `vmod` export: its own); arrays: LazyArrays of our tree, without what the
-    files lack; tokenizer: the folder of its files, or None; generation: generation_config.json's values.
+    files lack; tokenizer: the folder of its files, or None; generation: generation_config.json's values; llava: what
+    `llava.tensors` and its config.json need to go back, of a whole multimodal checkpoint.
     """
 
     config: VideoLMConfig
     arrays: Params
     tokenizer: Path | None
     generation: dict[str, Any]
+    llava: dict[str, Any] | None = None
 
 
 def open_folder(path: str | Path, vision: str | Path | None = None, adapter: str | Path | None = None) -> Opened:
-    """A Llama's or Qwen's folder or GGUF file, VideoLLM-online's (frame keys in its config, `connector.*`), or a `vmod`
-    export.
+    """A Llama's or Qwen's folder or GGUF file, a LLaVA's folder, VideoLLM-online's (frame keys in its config,
+    `connector.*`), or a `vmod` export.
 
     vision: a SigLIP or CLIP folder, whose tower comes with the model; adapter: a PEFT folder, whose LoRA pairs and
     connector come on top. Raises UserError for whatever does not fit, before any array is read.
@@ -56,12 +58,14 @@ def open_folder(path: str | Path, vision: str | Path | None = None, adapter: str
     else:
         if not (path / "config.json").is_file() and (files := sorted(path.glob(f"*{GGUF}"))):
             raise UserError(f"{path} has no config.json but GGUF files: name one of them, such as {files[0]}")
-        raw = hf.read_config(path)
-        reader = TensorReader(path)
+        raw, reader = hf.read_config(path), None
+    form = None
     if raw.get("model_type") == MODEL_TYPE:
         config, arrays = _open_vmod(path, raw)
+    elif raw.get("model_type") in llava.KINDS:
+        config, arrays, form = llava.open_llava(path, raw)
     else:
-        config, arrays = _open_llama(reader, raw)
+        config, arrays = _open_llama(reader or TensorReader(path), raw)
     tokenizer = tokenizer_folder(path)
     if tokenizer is not None and "v_placeholder_id" not in raw and raw.get("model_type") != MODEL_TYPE:
         config = dataclasses.replace(config, frame_token_id=_frame_token_id(tokenizer))
@@ -71,7 +75,8 @@ def open_folder(path: str | Path, vision: str | Path | None = None, adapter: str
         config, arrays = _with_vision(Path(vision), config, arrays)
     stored = path / "generation_config.json"
     generation = hf.read_json_file(path, stored.name, "") if stored.is_file() else {}
-    return Opened(config, arrays, tokenizer, {name: raw[name] for name in TOKEN_IDS if name in raw} | generation)
+    ids = {name: raw[name] for name in TOKEN_IDS if name in raw}
+    return Opened(config, arrays, tokenizer, ids | generation, form)
 
 
 def _open_llama(reader: TensorReader, raw: dict[str, Any]) -> tuple[VideoLMConfig, Params]:
@@ -106,6 +111,8 @@ def _open_vmod(path: Path, raw: dict[str, Any]) -> tuple[VideoLMConfig, Params]:
     arrays: Params = {"llama": hf.llama_arrays(reader, config.llama), "connector": hf.connector_arrays(reader)}
     if config.vision is not None and config.vision.kind != "patches":
         arrays["vision"] = hf.vision_arrays(reader, config.vision)
+    if config.newline_token_id is not None:
+        arrays["newline"] = {"embedding": llava.newline(reader, config.llama.hidden_size)}
     return config, arrays
 
 

@@ -448,7 +448,7 @@ def llama_arrays(reader: TensorReader, cfg: LlamaShape, dtype: Any = None) -> Pa
         names = tuple(_EXPERT.format(i=i) for i in range(cfg.num_hidden_layers))
         leaves["layers/expert/kernel"] = _Leaf(names, (1, cfg.hidden_size), True, lambda row: row.reshape(-1))
     prefix = _vision_prefix(reader)
-    others = ("connector.", prefix) if prefix else ("connector.",)
+    others = ("connector.", "image_newline", *([prefix] if prefix else []))  # parts that others read
     present = [name for name in reader.names() if not name.startswith(others)]
     if cfg.tie_word_embeddings and "lm_head.weight" in present:
         present.remove("lm_head.weight")

@@ -298,6 +298,9 @@ class VisionTower(nn.Module):
         if self.clip:
             self.embeddings.class_embedding = nn.Parameter(torch.zeros(d))
             self.pre_layrnorm = nn.LayerNorm(d, eps)
+        self.stop, self.whole = vision["num_hidden_layers"], vision.get("feature_layer") is None
+        if not self.whole:  # a hidden state so far from the last, before any last norm
+            self.stop += 1 + vision["feature_layer"]
         self.encoder.layers = nn.ModuleList(VisionLayer(vision) for _ in range(vision["num_hidden_layers"]))
         self.post_layernorm = nn.LayerNorm(d, eps)
         self.head = PoolingHead(vision) if not self.clip and vision["head"] else None
@@ -309,10 +312,12 @@ class VisionTower(nn.Module):
         x = x + self.embeddings.position_embedding.weight
         if self.clip:
             x = self.pre_layrnorm(x)
-        for layer in self.encoder.layers:
+        for layer in self.encoder.layers[: self.stop]:
             x = layer(x)
         if self.clip:
             return x[:, 0], x[:, 1:]
+        if not self.whole:
+            return None, x
         x = self.post_layernorm(x)
         return self.head(x) if self.head is not None else None, x
 
@@ -356,6 +361,7 @@ class VideoLM(PreTrainedModel):
         self.tied = llama["tie_word_embeddings"]
         self.lm_head = None if self.tied else nn.Linear(d, llama["vocab_size"], bias=False)
         self.connector = nn.Sequential(nn.Linear(c["vision_hidden_size"], d), nn.GELU(), nn.Linear(d, d))
+        self.image_newline = nn.Parameter(torch.zeros(d)) if c.get("newline_token_id") is not None else None
         self.vision_model = VisionTower(vision) if vision and vision["kind"] != "patches" else None
         self.kept = [num_kept(config.tokens_per_frame, spec["keep"]) for spec in c["policy"]]
         self.post_init()
@@ -405,11 +411,17 @@ class VideoLM(PreTrainedModel):
             raise ValueError(f"{int(is_vision.sum())} frame tokens do not fit the frames, of {n} tokens each")
         # The frame token has no row in the table: the connector's output takes its place.
         x = self.model.embed_tokens(ids.masked_fill(is_vision, 0))
+        if self.image_newline is not None:
+            x[ids == c["newline_token_id"]] = self.image_newline.to(x.dtype)
         if count:
             frames = torch.as_tensor(frames)[:count]
             features = self.features(frames) if frames.dtype == torch.uint8 else frames
             first = self.connector[0].weight
-            x[is_vision] = self.connector(features.to(first.device, first.dtype)).flatten(0, 1).to(x.dtype)
+            tokens = self.connector(features.to(first.device, first.dtype))
+            if c.get("pooled"):
+                square = tokens.transpose(1, 2).unflatten(-1, tuple(c["grid"])).float()
+                tokens = F.interpolate(square, tuple(c["pooled"]), mode="bilinear").flatten(2).transpose(1, 2)
+            x[is_vision] = tokens.flatten(0, 1).to(x.dtype)
         starts = is_vision.nonzero()[:, 0][::n]
         position = torch.arange(cache.tokens, cache.tokens + len(ids), device=self.device)
 
