@@ -38,7 +38,8 @@ class LanguageModel:
         """How its conversations are written. Raises UserError for a model without a tokenizer."""
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer: put its tokenizer files beside its config.json")
-        return stream_format(self.tokenizer, self.config.tokens_per_frame, self.config.interval)
+        c = self.config
+        return stream_format(self.tokenizer, c.tokens_per_frame, c.interval, form=c.form)
 
     @cached_property
     def merged(self) -> "LanguageModel":
@@ -192,7 +193,7 @@ def _from_huggingface(path: Path) -> tuple[VideoLMConfig, Any, Any]:
     """A Hugging Face folder as `weights.folder.open_folder` has it, its arrays on the device."""
     from vmod_jax.weights import lazy
 
-    config, arrays, folder, _ = open_folder(path)
+    config, arrays, folder, *_ = open_folder(path)
     tree, missing = complete(config, arrays)
     if missing:
         log.info("initialised what the checkpoint lacks: %s", ", ".join(missing))

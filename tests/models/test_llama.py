@@ -89,7 +89,7 @@ def test_both_spellings_of_rope():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen2"}, "qwen2"),
+        ({"model_type": "qwen2_moe"}, "qwen2_moe"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"hidden_act": "gelu"}, "gelu"),

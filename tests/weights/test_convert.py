@@ -314,7 +314,7 @@ def test_broken_checkpoints_leave_nothing(tmp_path, capsys):
     attempt("never loaded; convert them: python -c")
     (folder / "consolidated.pt").rename(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    for kind in ("gpt2", "qwen2", "siglip"):
+    for kind in ("gpt2", "qwen2_moe", "siglip"):
         (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
         attempt(f"model_type '{kind}' is not supported")
     (folder / "config.json").unlink()

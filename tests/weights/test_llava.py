@@ -183,7 +183,8 @@ def test_bilinear_reads_as_torch_does():
         square = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 1, size, size)).astype(np.float32))
         want = torch.nn.functional.interpolate(square, (places, places), mode="bilinear")[0, 0].numpy()
         rows = bilinear(size, places)
-        np.testing.assert_allclose(rows @ square[0, 0].numpy() @ rows.T, want, atol=1e-6)
+        # torch works places out in float32: up to 27 they are off by 2e-6, and so are their weights
+        np.testing.assert_allclose(rows @ square[0, 0].numpy() @ rows.T, want, atol=2e-7 * size, rtol=0)
 
 
 # As the published folders have them, of which they leave out what is a default.

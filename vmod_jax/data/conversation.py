@@ -8,6 +8,14 @@
 
 (VideoLLM-online, CVPR 2024, section 3.2; the interval "," between frames means "stay silent".)
 
+That is the form "plain". In the form "chat" the dialogue is written in the turns of the tokenizer's chat template, in
+which its model was tuned: what is shown and asked until a reply is one turn of the user, frames inside.
+
+    text      = template's system turn, and the head of a user turn + message*
+    stream    = frame (interval frame)* + "\n"
+    user      = content
+    assistant = end of the user turn, head of an assistant turn + content + eos + head of the next user turn
+
 A conversation is a list of messages:
     {"role": "system" | "user" | "assistant", "content": str}      assistant: + "learn": bool
     {"role": "stream", "num_frames": int, "learn": bool | int}     an integer m: the first m frames
@@ -35,6 +43,7 @@ NARRATION_INSTRUCTION = (
     "Please concisely narrate the video in real time. Use the tag 'C' to denote the camera wearer, and other letter "
     "tags, such as 'X', to denote other individuals in the scene."
 )
+SPECIAL_TOKEN = "a message contains a special token of the tokenizer; remove it from the text"
 IGNORE = -100  # the label of a position that is not learned
 
 
@@ -61,6 +70,9 @@ class StreamFormat:
     special token, so text between two of them (frame, eos) must be gathered and tokenized in one go:
 
         opening() + open_stream | frame | interval + frame | close_stream + user_text(q) + assistant_prefix | reply, eos
+        after_reply + open_stream | ...
+
+    learned_from: characters of a whole assistant turn before the first one that is learned.
     """
 
     tokenizer: Any  # HF fast tokenizer that has the frame token as its last token
@@ -68,9 +80,12 @@ class StreamFormat:
     interval: str = ","  # "": eos stands for "stay silent"
     frame_token: str = "<v>"
 
+    form = "plain"
     open_stream = "\n["
     close_stream = "]"
     assistant_prefix = "\nAssistant:"
+    after_reply = ""
+    learned_from = len("\n")
 
     @cached_property
     def frame_token_id(self) -> int:
@@ -133,10 +148,74 @@ class StreamFormat:
         return re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
 
 
+class Turns(NamedTuple):
+    """What a chat template writes around the contents of a dialogue."""
+
+    opening: str  # before the system's text
+    system_end: str  # between it and a user's
+    user_end: str  # between that and the assistant's
+    after_reply: str  # behind the assistant's eos, before a user's
+
+
+class ChatFormat(StreamFormat):
+    """The form "chat": turns as the tokenizer's own chat template writes them.
+
+    UserError, at the first use, for a tokenizer without a template, and for templates without turns of the system or
+    that do not end a reply with eos.
+    """
+
+    form = "chat"
+    open_stream = ""
+    close_stream = "\n"
+
+    @cached_property
+    def turns(self) -> Turns:
+        """The template's texts between contents, from a dialogue of marks."""
+        marks = [f"@{i}@" for i in range(4)]
+        roles = ("system", "user", "assistant", "user")
+        dialogue = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        name = _name(self.tokenizer)
+        if not self.tokenizer.chat_template:
+            raise UserError(f"{name}: the tokenizer has no chat template: use the form 'plain'")
+        try:  # a date, where one is written, is always the same: training and streaming are
+            text = self.tokenizer.apply_chat_template(dialogue, tokenize=False, date_string="26 Jul 2024")
+        except Exception as error:  # templates raise what they like
+            raise UserError(f"{name}: its chat template has no such turns ({error}): use the form 'plain'") from None
+        parts = re.split("|".join(marks), text)
+        eos = self.tokenizer.eos_token
+        if len(parts) != 5 or [text.count(mark) for mark in marks] != [1] * 4 or not parts[3].startswith(eos):
+            raise UserError(f"{name}: its chat template has no system turn, or no {eos} behind a reply: use 'plain'")
+        return Turns(parts[0], parts[1], parts[2], parts[3].removeprefix(eos))
+
+    @property
+    def assistant_prefix(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.turns.user_end
+
+    @property
+    def after_reply(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.turns.after_reply
+
+    @property
+    def learned_from(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return len(self.assistant_prefix)
+
+    def opening(self, system: str = DEFAULT_SYSTEM_PROMPT) -> str:
+        return f"{self.turns.opening}{self.plain(system)}{self.turns.system_end}"
+
+    def user_text(self, query: str) -> str:
+        return self.plain(query)
+
+    def reply_text(self, content: str) -> str:
+        return f"{self.assistant_prefix}{self.plain(content)}{self.tokenizer.eos_token}{self.after_reply}"
+
+
+FORMS = {"plain": StreamFormat, "chat": ChatFormat}
+
+
 def stream_format(
-    tokenizer_or_path: Any, tokens_per_frame: int, interval: str = ",", frame_token: str = "<v>"
+    tokenizer_or_path: Any, tokens_per_frame: int, interval: str = ",", frame_token: str = "<v>", form: str = "plain"
 ) -> StreamFormat:
-    """The format of a tokenizer (an HF fast tokenizer, or a folder or name to load one from).
+    """The format of a tokenizer (an HF fast tokenizer, or a folder or name to load one from); form: a name of `FORMS`.
 
     Adds the frame token to the tokenizer (in place) where it has none. UserError where the tokenizer is not fast, has
     no eos, writes the interval with several tokens, or has the frame token anywhere but last.
@@ -152,7 +231,9 @@ def stream_format(
         from transformers import AddedToken
 
         tokenizer.add_tokens([AddedToken(frame_token, special=True, normalized=False)], special_tokens=True)
-    fmt = StreamFormat(tokenizer, tokens_per_frame, interval, frame_token)
+    if form not in FORMS:
+        raise UserError(f"unknown form '{form}' of conversations: use one of {', '.join(FORMS)}")
+    fmt = FORMS[form](tokenizer, tokens_per_frame, interval, frame_token)
     # Its embedding is never looked up and the table is not resized, so no token with a row may come after it.
     if fmt.frame_token_id != len(tokenizer) - 1:
         raise UserError(
@@ -184,12 +265,9 @@ def encode(conversation: list[dict], fmt: StreamFormat) -> Encoded:
     labels = np.full(len(ids), IGNORE, np.int32)
     messages = _messages(conversation)
     frame_stop = np.flatnonzero(input_ids == fmt.frame_token_id)[fmt.tokens_per_frame - 1 :: fmt.tokens_per_frame]
-    reply_stop = np.flatnonzero(input_ids == fmt.eos_id)
-    if fmt.tokenizer.bos_token == fmt.tokenizer.eos_token:
-        reply_stop = reply_stop[1:]
-    replies = sum(message["role"] == "assistant" for message in messages)
-    if len(frame_stop) != num_frames(conversation) or len(reply_stop) != replies:
-        raise UserError("a message contains a special token of the tokenizer; remove it from the text")
+    reply_stop = _reply_ends(input_ids, pieces, messages, fmt)
+    if len(frame_stop) != num_frames(conversation):
+        raise UserError(SPECIAL_TOKEN)
 
     frame = reply = 0
     char = len(pieces[0])
@@ -202,13 +280,30 @@ def encode(conversation: list[dict], fmt: StreamFormat) -> Encoded:
             frame += message["num_frames"]
         elif message["role"] == "assistant":
             if message.get("learn", False):
-                # the token that holds the A of "\nAssistant: ...", whatever it was merged with
-                first = int(np.searchsorted(ends, char + len("\n"), side="right"))
+                # in the plain form the token that holds the A of "\nAssistant: ...", whatever it was merged with
+                first = int(np.searchsorted(ends, char + fmt.learned_from, side="right"))
                 stop = reply_stop[reply] + 1
                 labels[first - 1 : stop - 1] = input_ids[first:stop]
             reply += 1
         char += len(piece)
     return Encoded(input_ids, labels, conversation)
+
+
+def _reply_ends(input_ids: np.ndarray, pieces: list[str], messages: list[dict], fmt: StreamFormat) -> np.ndarray:
+    """Where the eos of each reply lies, i64[R]; in chat forms eos may end the turns of users and of the system, too."""
+    at, own = np.flatnonzero(input_ids == fmt.eos_id), fmt.assistant_prefix.count(fmt.tokenizer.eos_token)
+    counts = [piece.count(fmt.tokenizer.eos_token) for piece in pieces]
+    if len(at) != sum(counts):
+        raise UserError(SPECIAL_TOKEN)
+    before = np.cumsum(counts)[:-1]
+    is_reply = np.array([message["role"] == "assistant" for message in messages], bool)
+    return at[before[is_reply] + own]
+
+
+def reply_ends(encoded: Encoded, fmt: StreamFormat) -> np.ndarray:
+    """Where the eos of each of a dialogue's replies lies: i64[R]."""
+    messages = _messages(encoded.conversation)
+    return _reply_ends(encoded.input_ids, _pieces(encoded.conversation, fmt), messages, fmt)
 
 
 def label_weights(encoded: Encoded, fmt: StreamFormat, stream_weight: float) -> np.ndarray:
@@ -228,14 +323,17 @@ def _pieces(conversation: list[dict], fmt: StreamFormat) -> list[str]:
         _check(message, index)
     given = conversation and conversation[0]["role"] == "system"
     pieces = [fmt.opening(conversation[0]["content"] if given else DEFAULT_SYSTEM_PROMPT)]
+    before = ""
     for message in _messages(conversation):
         if message["role"] == "stream":
             count = message["num_frames"]
             pieces.append(f"{fmt.open_stream}{fmt.frames(count)}{fmt.close_stream}" if count else "")
         elif message["role"] == "user":
-            pieces.append(fmt.user_text(message["content"]))
+            again = "\n" if fmt.form == "chat" and before == "user" else ""  # in one turn: a line each
+            pieces.append(again + fmt.user_text(message["content"]))
         else:
             pieces.append(fmt.reply_text(message["content"]))
+        before = message["role"]
     return pieces
 
 

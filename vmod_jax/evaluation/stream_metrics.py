@@ -1,7 +1,7 @@
 """How well a model speaks at the right time, one sample at a time: LM-PPL, TimeDiff, Fluency, LM-Correctness.
 
-VideoLLM-online (CVPR 2024), section 4. A turn ends after each eos. In a turn the learned frames say when to speak and
-the learned text what to say; S = its learned frames, T = S + its learned text tokens.
+VideoLLM-online (CVPR 2024), section 4. A turn ends after each reply's eos. In a turn the learned frames say when to
+speak and the learned text what to say; S = its learned frames, T = S + its learned text tokens.
 
 Scoring needs two runs of the model. The first is over the sample as it is. Where the model stayed silent through all
 of a turn's learned frames, `continuations` writes the stream that it would have seen next, without the reply; their
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmod_jax.data.conversation import IGNORE, Encoded, StreamFormat
+from vmod_jax.data.conversation import IGNORE, Encoded, StreamFormat, reply_ends
 from vmod_jax.errors import UserError
 
 
@@ -139,7 +139,7 @@ def aggregate(samples: Sequence[SampleMetrics], fps: float) -> dict[str, float]:
 
 def _turns(encoded: Encoded, fmt: StreamFormat) -> list[_Turn]:
     """The turns that have a label. Those without are left out, but their frames are counted."""
-    stops = np.flatnonzero(encoded.input_ids == fmt.eos_id) + 1
+    stops = reply_ends(encoded, fmt) + 1
     starts = np.concatenate([[0], stops[:-1]]) if len(stops) else stops
     frames = [_count_frames(encoded.input_ids[a:b], fmt) for a, b in zip(starts, stops, strict=True)]
     turns = []

@@ -24,8 +24,7 @@ class Connector(nn.Module):
 
 def bilinear(size: int, places: int) -> np.ndarray:
     """f32[places, size]: the weights by which torch's bilinear interpolation reads `size` values at `places`."""
-    half = np.float32(0.5)  # places are worked out in float32, as there
-    at = np.maximum((np.arange(places, dtype=np.float32) + half) * np.float32(size / places) - half, 0)
+    at = np.maximum((np.arange(places) + 0.5) * size / places - 0.5, 0)
     low = np.floor(at).astype(int)
     matrix = np.zeros((places, size), np.float32)
     matrix[np.arange(places), low] += 1 - (at - low)

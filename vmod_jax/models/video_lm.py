@@ -51,6 +51,7 @@ class VideoLMConfig:
     vision: None where frames come as features only; vision_hidden_size: d_v of those features
     cls, grid: a frame is its CLS token (if cls) and h x w pooled patches; frame_token_id: of the frame's place in text
     pooled: h' x w' tokens that `connector.pool` makes of those behind the connector; None: it leaves them as they are
+    form: of its conversations, a name of `data.conversation.FORMS`
     newline_token_id: of a token whose embedding is not its row but `newline`, which closes a LLaVA's video
     policy: one LayerSpec a layer; gate, always_keep_last, router_seed: see `llama.Routing`
     shared_router: all routed layers choose by one LayerExpert, row 0 of the stacked ones
@@ -78,6 +79,7 @@ class VideoLMConfig:
     param_dtype: str = "float32"
     pooled: tuple[int, int] | None = None
     newline_token_id: int | None = None
+    form: str = "plain"
 
     def __post_init__(self):
         if len(self.policy) != self.llama.num_hidden_layers:

@@ -113,6 +113,11 @@ class VisionConfig:
             inner = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
             kind = _hf_kind(inner) or kind
             config = inner
+        if config.get("model_type") in ("siglip2", "siglip2_vision_model"):
+            config = {
+                **config,
+                "image_size": _native_side(config.get("num_patches", 256)) * config.get("patch_size", 16),
+            }
         if kind is None:
             raise UserError(
                 f"vision: model_type {config.get('model_type')!r} is not an encoder that vmod runs; "
@@ -150,11 +155,20 @@ class VisionConfig:
 def _hf_kind(config: dict[str, Any]) -> Literal["siglip", "clip"] | None:
     kinds: dict[str, Literal["siglip", "clip"]] = {
         "siglip": "siglip",
-        "siglip_vision_model": "siglip",
+        "siglip_vision_model": "siglip",  # SigLIP 2 of fixed resolution, too
+        "siglip2": "siglip",  # of any resolution (NaFlex): run at that of its position table
+        "siglip2_vision_model": "siglip",
         "clip": "clip",
         "clip_vision_model": "clip",
     }
     return kinds.get(config.get("model_type", ""))
+
+
+def _native_side(patches: int) -> int:
+    side = math.isqrt(patches)
+    if side**2 != patches:
+        raise UserError(f"vision: a table of {patches} positions is not square; use a SigLIP 2 with a square one")
+    return side
 
 
 def _one_side(value: Any, name: str) -> int:

@@ -174,7 +174,7 @@ class Session:
         ids = self._pending_ids + self.fmt.tokenize(text)
         reply, _ = self.engine.generate(ids, self.fmt.eos_id, self.max_reply)
         # eos has not been fed: it goes in with what comes next, also after a reply that was cut.
-        self._pending_ids, self._pending_text, self._in_stream = [self.fmt.eos_id], "", False
+        self._pending_ids, self._pending_text, self._in_stream = [self.fmt.eos_id], self.fmt.after_reply, False
         said = self.fmt.tokenizer.decode(reply, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
         self.turns.append(Turn(time, "assistant", said))
         return said

@@ -79,6 +79,7 @@ def defaults() -> Config:
     data.fps = 2.0
     data.tokenizer = ""  # a folder; "": the one that comes with the data or with init_from
     data.interval = ","  # between frames: "stay silent"; "": eos says so
+    data.form = ""  # of conversations: plain, or chat (by the tokenizer's template); "": init_from's, or plain
     data.stream_weight = 1.0  # of the speak-or-stay-silent labels in the loss
     data.max_frames = 1200  # a stream is cut there, at a whole message
     data.buckets = ()  # ((frames, text tokens, labels), ...); (): one that holds every stream
@@ -200,6 +201,7 @@ def make_model(
         cls=model.cls,
         grid=tuple(model.grid),
         interval=config.data.interval,
+        form=config.data.form or "plain",
         fps=config.data.fps,
         param_dtype=model.param_dtype,
         **method(config, llama.num_hidden_layers),

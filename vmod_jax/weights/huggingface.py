@@ -538,11 +538,13 @@ def vision_arrays(reader: TensorReader, config: VisionConfig, dtype: Any = None)
     def one(name: str, *shape: int, convert: Callable[[np.ndarray], np.ndarray] = lambda array: array) -> _Leaf:
         return _Leaf((prefix + name,), shape, convert=convert)
 
+    patches = f"{prefix}embeddings.patch_embedding.weight"
+    is_linear = patches in reader and len(reader.shape(patches)) == 2  # SigLIP 2 of any resolution
     unusual = {
         # A convolution [out, channel, row, column] is a linear layer on (row, column, channel).
-        "embed/kernel": one(
-            "embeddings.patch_embedding.weight", d, 3, p, p, convert=lambda w: w.transpose(2, 3, 1, 0).reshape(-1, d)
-        ),
+        "embed/kernel": _Leaf((patches,), (d, 3 * p * p), convert=np.transpose)
+        if is_linear
+        else _Leaf((patches,), (d, 3, p, p), convert=lambda w: w.transpose(2, 3, 1, 0).reshape(-1, d)),
         "embed/position": one("embeddings.position_embedding.weight", config.side**2 + (config.kind == "clip"), d),
         "embed/class": one("embeddings.class_embedding", d),
         "head/probe": one("head.probe", 1, 1, d, convert=lambda w: w.reshape(d)),

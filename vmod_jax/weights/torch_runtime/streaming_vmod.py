@@ -38,6 +38,8 @@ class Session:
     """
 
     def __init__(self, model, tokenizer, threshold=0.725, system=SYSTEM, max_reply=64):
+        if model.video_lm.get("form", "plain") != "plain":
+            raise ValueError("streams in PyTorch are written in the plain form; this model was trained on chat turns")
         self.model, self.threshold, self.max_reply = model, threshold, max_reply
         self.fps, self.interval = model.video_lm["fps"], model.video_lm["interval"]
         self.frame_id = model.video_lm["frame_token_id"]
