@@ -65,7 +65,7 @@ def open_folder(path: str | Path, vision: str | Path | None = None, adapter: str
     elif raw.get("model_type") in llava.KINDS:
         config, arrays, form = llava.open_llava(path, raw)
     else:
-        config, arrays = _open_llama(reader or TensorReader(path), raw)
+        config, arrays = _open_llama(path, raw, reader)
     tokenizer = tokenizer_folder(path)
     if tokenizer is not None and "v_placeholder_id" not in raw and raw.get("model_type") != MODEL_TYPE:
         config = dataclasses.replace(config, frame_token_id=_frame_token_id(tokenizer))
@@ -79,10 +79,11 @@ def open_folder(path: str | Path, vision: str | Path | None = None, adapter: str
     return Opened(config, arrays, tokenizer, ids | generation, form)
 
 
-def _open_llama(reader: TensorReader, raw: dict[str, Any]) -> tuple[VideoLMConfig, Params]:
+def _open_llama(path: Path, raw: dict[str, Any], reader: TensorReader | None) -> tuple[VideoLMConfig, Params]:
     llama = LlamaConfig.from_hf_config(raw)
     if (window := raw.get("sliding_window")) and raw.get("model_type") == "mistral":
         log.warning("sliding_window=%d is not computed: outputs are the original's up to that many tokens", window)
+    reader = reader or TensorReader(path)
     arrays: Params = {"llama": hf.llama_arrays(reader, llama)}
     if any(name.startswith("connector.") for name in reader.names()):
         arrays["connector"] = hf.connector_arrays(reader)
