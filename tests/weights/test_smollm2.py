@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from vmod_jax.convert import import_folder
 
 import vmod_jax
-from vmod_jax.convert import import_folder
 from vmod_jax.models.video_lm import make_cache
 
 pytestmark = pytest.mark.slow

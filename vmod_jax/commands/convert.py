@@ -10,11 +10,12 @@ from vmod_jax.weights.convert import FORMATS, export_folder, import_folder
 
 def import_main(argv: Sequence[str]) -> None:
     """`vmod import SRC --out DIR`"""
+    from vmod_jax.data.conversation import FORMS
     from vmod_jax.models.depth import POLICIES
     from vmod_jax.models.layer_expert import GATES
 
     parser = ArgumentParser("vmod import", description="Hugging Face or PEFT weights -> a workdir.")
-    parser.add_argument("source", metavar="SRC", help="folder of a Llama or Mistral (config.json and safetensors)")
+    parser.add_argument("source", metavar="SRC", help="folder of a Llama, Mistral or Qwen, or a GGUF file")
     parser.add_argument("--out", required=True, metavar="DIR", help="workdir to make; must not exist")
     parser.add_argument("--vision", metavar="FOLDER", help="SigLIP or CLIP: its vision tower comes along")
     parser.add_argument("--adapter", metavar="FOLDER", help="PEFT LoRA adapter, with its connector, on top of SRC")
@@ -22,9 +23,10 @@ def import_main(argv: Sequence[str]) -> None:
     parser.add_argument("--keep", type=float, help="share of a frame's tokens that routed layers keep (0.2)")
     parser.add_argument("--gate", choices=GATES, help="what multiplies a kept token's update (raw)")
     parser.add_argument("--grid", metavar="HxW", help="patch tokens a frame, 0x0 for none (3x3)")
+    parser.add_argument("--form", choices=FORMS, help="of its conversations: plain, or chat by its template (plain)")
     parser.add_argument("--no-cls", action="store_true", help="a frame has no CLS token")
     args = parser.parse_args(argv)
-    fields: dict[str, Any] = {} if args.gate is None else {"gate": args.gate}
+    fields: dict[str, Any] = {name: value for name in ("gate", "form") if (value := getattr(args, name)) is not None}
     if args.grid is not None:
         if not (match := re.fullmatch(r"(\d+)x(\d+)", args.grid)):
             raise UserError(f"--grid {args.grid}: give rows and columns, such as 3x3")
@@ -51,6 +53,6 @@ def export_main(argv: Sequence[str]) -> None:
 
 
 _FORMATS_HELP = (
-    "llama: a LlamaForCausalLM, LoRA merged (default); peft: the LoRA adapter and the connector; "
-    "vmod: the whole model with PyTorch code beside it"
+    "llama: a LlamaForCausalLM (of a Qwen: its class), LoRA merged (default); peft: the LoRA adapter and the "
+    "connector; llava: as the LLaVA that it was imported from; vmod: the whole model with PyTorch code beside it"
 )

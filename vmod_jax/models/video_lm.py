@@ -17,8 +17,7 @@ from jax import Array
 from vmod_jax.errors import UserError
 from vmod_jax.models import kv_cache
 from vmod_jax.models.attention import BACKENDS
-from vmod_jax.models.connector import Connector, pool
-from vmod_jax.models.connectors import Connector
+from vmod_jax.models.connectors import Connector, pool
 from vmod_jax.models.context import Beginning
 from vmod_jax.models.depth import LayerSpec, Policy, kept_counts
 from vmod_jax.models.kv_cache import Cache

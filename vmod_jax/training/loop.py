@@ -75,19 +75,21 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
     )
     if tokenizer is None:
         raise UserError(f"data.name='{config.data.name}' brings no tokenizer: name its folder in data.tokenizer")
-    grid = (given.cls, given.grid) if given else (config.model.cls, config.model.grid)
-    fmt = stream_format(tokenizer, int(grid[0]) + grid[1][0] * grid[1][1], config.data.interval)
+    h, w = config.model.grid
+    n = given.tokens_per_frame if given else int(config.model.cls) + h * w
+    form = config.data.form or (given.form if given else "plain")
+    fmt = stream_format(tokenizer, n, config.data.interval, form=form)
 
     # --- model --------------------------------------------------------------------------------------------------------
     sample = streams.samples[0]
     frame = streams.frames(sample._replace(stop=sample.start + 1))[0]
     features = frame.dtype != "uint8"
-    if features and frame.shape[0] != fmt.tokens_per_frame:
-        raise UserError(
-            f"the data's frames have {frame.shape[0]} tokens, model.cls and model.grid say {fmt.tokens_per_frame}"
-        )
+    wanted = given.features_per_frame if given else n
+    if features and frame.shape[0] != wanted:
+        raise UserError(f"the data's frames have {frame.shape[0]} tokens, model.cls and model.grid say {wanted}")
     if given:
-        model_config = dataclasses.replace(given, **configuration.method(config, given.llama.num_hidden_layers))
+        chosen = configuration.method(config, given.llama.num_hidden_layers)
+        model_config = dataclasses.replace(given, form=form, **chosen)
         if given.frame_token_id != fmt.frame_token_id:
             raise UserError(
                 f"the tokenizer's {fmt.frame_token} is {fmt.frame_token_id}, init_from's is {given.frame_token_id}"

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from vmod_jax.errors import UserError
-from vmod_jax.models.llama import KINDS, Kind, LlamaConfig, share_router
 from vmod_jax.models.experts import learned_layers
+from vmod_jax.models.llama import KINDS, Kind, LlamaConfig, share_router
 from vmod_jax.models.video_lm import VideoLMConfig
 from vmod_jax.weights import huggingface as hf
 from vmod_jax.weights import llava, peft
