@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from vmod_jax.convert import export_folder, import_folder
-from vmod_jax.models.connector import bilinear
+from vmod_jax.models.connectors import bilinear
 
 import vmod_jax
 from vmod_jax.errors import UserError
