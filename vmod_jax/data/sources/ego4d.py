@@ -13,16 +13,32 @@ VideoLLM-online (CVPR 2024), section 3.3; file layout and edge cases are the dat
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vmod_jax.data.conversation import NARRATION_INSTRUCTION, Sample
 from vmod_jax.errors import UserError
 
 BENCHMARKS = ("goalstep", "fho_lta", "nlq", "moments", "av", "fho_oscc-pnr", "fho_sta", "vq")
 SPLITS = ("train", "val", "test")
+FAILED = "Not sure what you are doing."
+REFINED_INSTRUCTIONS = (
+    "Please concisely narrate the video in real time.",
+    "Help me to illustrate my view in short.",
+    "Please simply describe what do you see.",
+    "Continuously answer what you observed with simple text.",
+    "Do concise real-time narration.",
+    "Hey assistant, do you know the current video content? Reply me concisely.",
+    "Simply interpret the scene for me.",
+    "What can you tell me about? Be concise.",
+    "Use simple text to explain what is shown in front of me.",
+    "What is the action now? Please response in short.",
+)
 # The camera wearer, other people, what the annotator was unsure of. Order matters: the lone # comes last.
 TAGS = ("#C", "#c", "@c", "#O", "#o", "#Unsure", "#unsure", "#")
 
@@ -56,6 +72,26 @@ def narration_samples(
         for narrations in _by_annotator(video, entry, path).values():
             samples.extend(_sample(video, narrations, questions.get(video, []), durations[video], fps))
     return samples
+
+
+def refined_samples(file: str | Path, durations: Mapping[str, float], fps: float, seed: int = 0) -> Iterator[Sample]:
+    """Narrations that were refined ("you" for the camera wearer): one sample for each (video, annotator) of the file.
+
+    file: {video: {annotator: [{"time", "text"}]}}; durations, fps: as for `narration_samples`. The instruction is one
+    of ten, drawn by (seed, video, annotator); what could not be refined (`FAILED`) is left out.
+    """
+    path = Path(file)
+    for video, annotators in _mapping(_read(path), None, path).items():
+        if video not in durations:
+            continue
+        for uid, narrations in _mapping(annotators, None, path).items():
+            entry = {"narrations": [{**one, "_annotation_uid": uid} for one in narrations]}
+            said = [(time, text) for time, text in _by_annotator(video, entry, path).get(uid, []) if text != FAILED]
+            rng = np.random.default_rng([seed, zlib.crc32(f"{video} {uid}".encode())])
+            instruction = REFINED_INSTRUCTIONS[rng.integers(len(REFINED_INSTRUCTIONS))]
+            for sample in _sample(video, said, [], durations[video], fps):
+                sample.conversation[1]["content"] = instruction
+                yield sample
 
 
 def clean_text(text: str) -> str:
@@ -110,6 +146,24 @@ def _sample(
         conversation.append({"role": "stream", "num_frames": frame - before, "learn": True})
         conversation.append({"role": "assistant", "content": text, "learn": True})
     return [Sample(conversation, video, start, spoken[-1][0] + 1)]
+
+
+def video_splits(folder: Path) -> dict[str, set[str]]:
+    """Split -> the videos that are narrated, of a folder of annotation files. Raises UserError where there are none."""
+    path = next(
+        (folder / name for name in ("all_narrations_redacted.json", "narrations.json") if (folder / name).exists()),
+        None,
+    )
+    if path is None:
+        raise UserError(
+            f"{folder}: no annotation file of Ego4D, COIN or Ego-Exo4D; say where they lie with --annotations"
+        )
+    in_split = _split_of(folder)
+    found: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for video in _mapping(_read(path), "videos", path):
+        if split := in_split(video):
+            found[split].add(video)
+    return found
 
 
 def _by_annotator(video: str, entry: Any, path: Path) -> dict[str, list[tuple[float, str]]]:
