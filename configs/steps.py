@@ -6,7 +6,8 @@
         --config.data.name=coin_step --config.data.root=data/coin --config.data.features=features/coin
     vmod evaluate --workdir runs/coin --benchmark coin_step
 
-Cost and what to expect: docs/ego4d.md.
+Cost: two to four minutes on two shared cores. Expected: 100 of 100 steps named, where the best constant answer names 13
+(docs/ego4d.md has all of them).
 """
 
 from vmod_jax.training.config import Config, defaults
