@@ -142,12 +142,10 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if not names:
         return theta, None
     length = "original_max_position_embeddings"
-    own = {
-        length: hf.get("max_position_embeddings", 2048),
-        **rope,
-        **{name: hf[name] for name in (length,) if name in hf},
-    }
-    scaling = RopeScaling(kinds[0], **{name: number(own, name) for name in names})
+    own = {length: hf.get("max_position_embeddings", 2048), **rope}
+    own[length] = hf.get(length, own[length])
+    factors: dict[str, Any] = {name: number(own, name) for name in names}
+    scaling = RopeScaling(kinds[0], **factors)
     if scaling.rope_type == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
         raise UserError("config.json: high_freq_factor of its RoPE must be above low_freq_factor; correct it")
     return theta, scaling

@@ -29,7 +29,7 @@ def count(config: dict[str, Any], name: str, default: Any = NEEDED, *, file: str
 
 
 def boolean(config: dict[str, Any], name: str, default: bool, *, file: str = "") -> bool:
-    """config[name], true or false; `default` where there is no such name or null. Raises UserError for anything else."""
+    """config[name], true or false; `default` where that is absent or null. Raises UserError for anything else."""
     value = config.get(name)
     if not isinstance(value, bool | None):
         raise UserError(f"{file or 'config.json'}: {name} is {short(value)}, not true or false; correct it")
