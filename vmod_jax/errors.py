@@ -1,8 +1,10 @@
 """The one exception for mistakes that a user can mend."""
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 NAMED = 3  # how many of many names an error gives
@@ -27,12 +29,12 @@ def few(names: Sequence[str]) -> str:
 
 
 def short(value: Any) -> str:
-    """A value as an error shows it: its repr, cut at 60 characters."""
+    """A value as an error shows it: its repr, cut at 80 characters."""
     try:
-        text = repr(value)
+        text = str(value) if isinstance(value, Exception) else repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists in lists
         text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:50]}..."
+    return text if len(text) <= 80 else f"{text[:70]}..."
 
 
 def is_number(value: Any) -> bool:
@@ -41,3 +43,15 @@ def is_number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer beyond float's range
         return False
+
+
+def read_json(path: str | Path, advice: str = "download it again") -> Any:
+    """A JSON file's value; a byte order mark in front is skipped. Raises UserError, with `advice`, for a broken one."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {advice}") from None
+    except RecursionError:
+        raise UserError(f"{path} cannot be read (it is nested too deeply); {advice}") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({short(error)}); {advice}") from None
