@@ -45,6 +45,11 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value of a JSON file is text that can be written: no half of a character (a lone surrogate) in it."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def read_json(path: str | Path, advice: str = "download it again") -> Any:
     """A JSON file's value; a byte order mark in front is skipped. Raises UserError, with `advice`, for a broken one."""
     try:

@@ -27,8 +27,10 @@ def prepare_narration(args: argparse.Namespace) -> None:
     """A folder of videos and narrations.json -> array_record: pixels, or the features of an encoder."""
     from vmod_jax.data import storage
     from vmod_jax.data.sources.ego4d import narration_samples
+    from vmod_jax.data.video import check_sampling
 
     root = Path(args.root)
+    check_sampling(args.fps, args.image_size)
     videos = Videos(root, args.fps, args.image_size)
     meta: dict[str, object] = {"source": "narration"}
     encode: Callable[[np.ndarray], np.ndarray] = lambda frames: frames  # noqa: E731
@@ -39,7 +41,7 @@ def prepare_narration(args: argparse.Namespace) -> None:
     by_split = {
         split: samples
         for split in SPLITS
-        if (samples := narration_samples(root / "narrations.json", videos, args.fps, split))
+        if (samples := narration_samples(root / "narrations.json", videos, args.fps, split, args.allow_outside))
     }
     if not by_split:
         raise UserError(f"{root}: no narrated stream was found; are the videos named like the keys of narrations.json?")
@@ -68,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     narration.add_argument("--grid", type=int, nargs=2, default=(3, 3), metavar=("H", "W"), help="pooled patches")
     narration.add_argument("--no-cls", action="store_true", help="leave out the CLS token")
+    narration.add_argument(
+        "--allow-outside", action="store_true", help="take narrations outside their video to its ends, however many"
+    )
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     {"shapes": make_shapes, "narration": prepare_narration}[args.name](args)
     return 0
