@@ -12,9 +12,9 @@ import vmod_jax
 from vmod_jax.errors import UserError
 from vmod_jax.models.llama import LlamaConfig
 from vmod_jax.weights import peft as ours
+from vmod_jax.weights.convert import export_folder, import_folder
 from vmod_jax.weights.huggingface import read_all, read_config
 from vmod_jax.weights.peft import open_adapter
-from vmod_jax.weights.convert import export_folder, import_folder
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
