@@ -41,8 +41,10 @@ def prepare_narration(args: argparse.Namespace) -> None:
     """A folder of videos and narrations.json -> array_record: pixels, or the features of an encoder."""
     from vmod_jax.data import storage
     from vmod_jax.data.sources.ego4d import narration_samples
+    from vmod_jax.data.video import check_sampling
 
     root = Path(args.root)
+    check_sampling(args.fps, args.image_size)
     videos = Videos(root, args.fps, args.image_size)
     meta: dict[str, object] = {"source": "narration"}
     encode: Callable[[np.ndarray], np.ndarray] = lambda frames: frames  # noqa: E731
@@ -53,7 +55,7 @@ def prepare_narration(args: argparse.Namespace) -> None:
     by_split = {
         split: samples
         for split in SPLITS
-        if (samples := narration_samples(root / "narrations.json", videos, args.fps, split))
+        if (samples := narration_samples(root / "narrations.json", videos, args.fps, split, args.allow_outside))
     }
     if not by_split:
         raise UserError(f"{root}: no narrated stream was found; are the videos named like the keys of narrations.json?")
@@ -141,6 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     narration.add_argument("--root", required=True, help="folder of videos with narrations.json")
     narration.add_argument("--out", required=True)
     add_encoder_arguments(narration)
+    narration.add_argument(
+        "--allow-outside", action="store_true", help="take narrations outside their video to its ends, however many"
+    )
     features = kinds.add_parser("features", help=write_features.__doc__)
     features.add_argument("root", type=Path, help="folder of videos, or of .pt features, in it or below it")
     features.add_argument("--out", required=True, type=Path)

@@ -11,7 +11,6 @@ VideoLLM-online (CVPR 2024), section 3.3; file layout and edge cases are the dat
     splits.json                    instead of those, for data of one's own: {"train": [uid], "val": [], "test": []}
 """
 
-import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vmod_jax.data.conversation import NARRATION_INSTRUCTION, Sample
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, few, is_number, is_text, read_json, short
 
 BENCHMARKS = ("goalstep", "fho_lta", "nlq", "moments", "av", "fho_oscc-pnr", "fho_sta", "vq")
 SPLITS = ("train", "val", "test")
@@ -39,12 +38,18 @@ REFINED_INSTRUCTIONS = (
     "Use simple text to explain what is shown in front of me.",
     "What is the action now? Please response in short.",
 )
+LONGEST = 1e9  # seconds: no video is that long, and a frame's number still a number
+OUTSIDE = 0.01  # the share of a video's narrations that may lie outside it: annotators mark the end a little late
 # The camera wearer, other people, what the annotator was unsure of. Order matters: the lone # comes last.
 TAGS = ("#C", "#c", "@c", "#O", "#o", "#Unsure", "#unsure", "#")
 
 
 def narration_samples(
-    narrations_file: str | Path, durations: Mapping[str, float], fps: float, split: str = "train"
+    narrations_file: str | Path,
+    durations: Mapping[str, float],
+    fps: float,
+    split: str = "train",
+    allow_outside: bool = True,
 ) -> list[Sample]:
     """One sample for each (video, annotator) of a split.
 
@@ -58,7 +63,8 @@ def narration_samples(
     instruction and the narrations. Questions of `questions.json` beside the file stand where they are asked; the frames
     from the reply before up to there are not learned, since nobody spoke at the last of them.
 
-    Raises UserError for an unreadable file, naming the video and the key where one is missing.
+    Raises UserError for an unreadable file, naming the video and the key where one is missing, and, unless
+    allow_outside, where more than 1% of a video's narrations lie before it or a second or more behind its end.
     """
     path = Path(narrations_file)
     in_split = _split_of(path.parent)
@@ -69,7 +75,10 @@ def narration_samples(
     for video, entry in _mapping(_read(path), "videos", path).items():
         if video not in durations or in_split(video) != split:
             continue
-        for narrations in _by_annotator(video, entry, path).values():
+        by_annotator = _by_annotator(video, entry, path)
+        if not allow_outside:
+            _check_inside(path, video, [time for every in by_annotator.values() for time, _ in every], durations[video])
+        for narrations in by_annotator.values():
             samples.extend(_sample(video, narrations, questions.get(video, []), durations[video], fps))
     return samples
 
@@ -92,6 +101,17 @@ def refined_samples(file: str | Path, durations: Mapping[str, float], fps: float
             for sample in _sample(video, said, [], durations[video], fps):
                 sample.conversation[1]["content"] = instruction
                 yield sample
+
+
+def _check_inside(path: Path, video: str, times: list[float], duration: float) -> None:
+    """Raises UserError where so many narrations lie outside their video that they cannot be its own."""
+    outside = [time for time in times if not 0 <= time < duration + 1]
+    if len(outside) > OUTSIDE * len(times):
+        raise UserError(
+            f"{path.name}: {len(outside)} of the {len(times)} narrations of video {video} lie outside its "
+            f"{duration:.1f} s ({min(times):g} s to {max(times):g} s): are their times seconds of this video? "
+            "--allow-outside takes them to its ends"
+        )
 
 
 def clean_text(text: str) -> str:
@@ -123,7 +143,7 @@ def _sample(
             break
         if text == last_text:
             continue
-        frame = min(max(math.ceil(time * fps - 1e-9), 0), end)
+        frame = min(max(math.ceil(max(min(time, LONGEST), -1.0) * fps - 1e-9), 0), end)
         if spoken and spoken[-1][0] == frame:
             spoken.pop()  # both wait for the same frame; the later one is nearer to it
         spoken.append((frame, text))
@@ -176,10 +196,10 @@ def _by_annotator(video: str, entry: Any, path: Path) -> dict[str, list[tuple[fl
         for key, kind in (("time", int | float), ("text", str), ("_annotation_uid", str)):
             if not isinstance(narration, dict) or key not in narration:
                 raise UserError(f"{where}: narration {index} has no '{key}'")
-            if not isinstance(narration[key], kind):
-                raise UserError(f"{where}: narration {index} has {narration[key]!r} as its '{key}'")
-        if not math.isfinite(narration["time"]):
-            raise UserError(f"{where}: narration {index} has {narration['time']!r} as its 'time'")
+            if not isinstance(narration[key], kind) or (key == "text" and not is_text(narration[key])):
+                raise UserError(f"{where}: narration {index} has {short(narration[key])} as its '{key}'")
+        if not is_number(narration["time"]):
+            raise UserError(f"{where}: narration {index} has {short(narration['time'])} as its 'time'")
         text = clean_text(narration["text"])
         if len(text.split()) >= 2:
             found.setdefault(narration["_annotation_uid"], []).append((float(narration["time"]), text))
@@ -192,14 +212,23 @@ def _questions(path: Path, fps: float) -> dict[str, list[tuple[int, str, str]]]:
         return {}
     found: dict[str, list[tuple[int, str, str]]] = {}
     try:
-        for chat in json.loads(path.read_text(encoding="utf-8")):
+        for chat in _read(path):
             turns = chat["conversation"]
             for asked, answered in zip(turns[::2], turns[1::2], strict=True):
                 if (asked["role"], answered["role"]) != ("user", "assistant"):
                     raise UserError(
                         f"{path}: the turns of {chat['video_uid']} must be a question, its answer, and so on"
                     )
-                frame = math.floor(asked["time"] * fps + 1e-9)
+                for key, valid in (("time", is_number), ("content", is_text)):
+                    if not valid(asked[key]):
+                        raise UserError(
+                            f"{path}: a question of {chat['video_uid']} has {short(asked[key])} as its '{key}'"
+                        )
+                if not is_text(answered["content"]):
+                    raise UserError(
+                        f"{path}: an answer of {chat['video_uid']} has {short(answered['content'])} as its 'content'"
+                    )
+                frame = math.floor(min(asked["time"], LONGEST) * fps + 1e-9)
                 found.setdefault(chat["video_uid"], []).append((frame, asked["content"], answered["content"]))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not a list of conversations in the schema of Ego4D's live chats ({error})") from error
@@ -220,6 +249,9 @@ def _split_of(folder: Path) -> Callable[[str], str | None]:
     splits = folder / "splits.json"
     if splits.is_file():
         given = {split: _uids(uids, split, splits) for split, uids in _mapping(_read(splits), None, splits).items()}
+        every = [uid for uids in given.values() for uid in uids]
+        if twice := sorted({uid for uid in every if every.count(uid) > 1} if len(every) > len(set(every)) else ()):
+            raise UserError(f"{splits}: {few(twice)} in more than one split; keep one of them")
         return lambda video: next((split for split, uids in given.items() if video in uids), None)
     if len(missing) < len(expected):
         # A guess would put test videos into the training set.
@@ -240,17 +272,14 @@ def _video_uids(file: Path) -> set[str]:
 
 def _uids(uids: Any, split: str, file: Path) -> set[str]:
     if split not in SPLITS or not isinstance(uids, list):
-        raise UserError(f"{file}: '{split}' must be one of {', '.join(SPLITS)} and hold a list of video ids")
+        raise UserError(f"{file}: {short(split)} must be one of {', '.join(SPLITS)} and hold a list of video ids")
+    if wrong := [short(uid) for uid in uids if not isinstance(uid, str)]:
+        raise UserError(f"{file}: '{split}' holds {few(wrong)}, which are no video ids")
     return set(uids)
 
 
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path of the annotations") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
+    return read_json(path, "check the path of the annotations")
 
 
 def _mapping(data: Any, key: str | None, path: Path) -> dict[str, Any]:
