@@ -140,13 +140,15 @@ def load(
     keep: float | None = None,
     gate: str | None = None,
     step: int | None = None,
+    allow_nonfinite: bool = False,
     **changes: Any,
 ) -> LanguageModel:
     """Opens a workdir, an imported folder, a Hugging Face folder, or a GGUF file.
 
     policy, keep, gate: run the model under another depth policy than the one recorded (a name of `depth.POLICIES`, or
     one LayerSpec a layer); LayerExperts that this adds, at their initialisation, or leaves out are logged in one line.
-    step: of the checkpoint (default: the last); changes: other fields of VideoLMConfig.
+    step: of the checkpoint (default: the last); allow_nonfinite: take a Hugging Face folder with NaN or infinity in its
+    weights; changes: other fields of VideoLMConfig.
     Raises UserError for a path that is none of these.
     """
     path = Path(path).expanduser()
@@ -161,7 +163,7 @@ def load(
         tokenizer = load_tokenizer(folder) if folder else None
         trained = trained_layers(config, path)
     elif is_gguf or (path / "config.json").exists():
-        config, params, tokenizer = _from_huggingface(path)
+        config, params, tokenizer = _from_huggingface(path, allow_nonfinite)
         trained = learned_layers(config.policy)
     else:
         raise UserError(f"{path} is neither a workdir (no model.json) nor a Hugging Face folder (no config.json)")
@@ -189,11 +191,11 @@ def _policy(config: VideoLMConfig, policy: str | Policy | None, keep: float | No
     return tuple(dataclasses.replace(spec, keep=float(keep)) if spec.selector else spec for spec in base)
 
 
-def _from_huggingface(path: Path) -> tuple[VideoLMConfig, Any, Any]:
+def _from_huggingface(path: Path, allow_nonfinite: bool = False) -> tuple[VideoLMConfig, Any, Any]:
     """A Hugging Face folder as `weights.folder.open_folder` has it, its arrays on the device."""
     from vmod_jax.weights import lazy
 
-    config, arrays, folder, *_ = open_folder(path)
+    config, arrays, folder, *_ = open_folder(path, allow_nonfinite=allow_nonfinite)
     tree, missing = complete(config, arrays)
     if missing:
         log.info("initialised what the checkpoint lacks: %s", ", ".join(missing))

@@ -229,16 +229,18 @@ def test_evaluate(workdir, capsys):
     result = json.loads((workdir / "eval" / "narration.json").read_text())
     assert {"metrics", "baselines", "samples", "seconds"} <= result.keys()
     assert result["samples"] == 1
-    assert result["baselines"].keys() == {"always_silent", "always_speak"}
+    assert result["baselines"].keys() == {"always_silent", "always_speak", "copy_last"}
     names = {"lm_ppl", "time_diff", "fluency", "lm_correctness", "time_diff_strict", "fluency_strict"}
     for metrics in (result["metrics"], *result["baselines"].values()):
         assert metrics.keys() == names
         assert np.isfinite([*metrics.values()]).all()
         assert metrics["lm_ppl"] >= 1
         assert metrics["fluency_strict"] <= metrics["fluency"] <= 1
-    (prediction,) = read_lines(workdir / "eval" / "narration_predictions.jsonl")
-    assert {"video", "start", "stop", "replies", *SampleMetrics._fields} <= prediction.keys()
-    assert all(reply.keys() == {"truth", "first_choices"} for reply in prediction["replies"])
+    header, prediction = read_lines(workdir / "eval" / "narration.predictions.jsonl")
+    assert {"format", "benchmark", "model", "split"} <= header.keys()
+    assert {"id", "group", "response"} <= prediction.keys()
+    assert {"replies", *SampleMetrics._fields} == prediction["response"].keys()
+    assert all(reply.keys() == {"truth", "first_choices"} for reply in prediction["response"]["replies"])
     printed = capsys.readouterr().out
     assert f"wrote {workdir / 'eval' / 'narration.json'}" in printed
     assert f"{result['metrics']['fluency']:.3f}" in printed

@@ -98,6 +98,185 @@ def test_rotation_is_honoured(tmp_path, rotation):
     assert (info.height, info.width) == turned.shape[:2]
 
 
+# How FFmpeg's command turns a display matrix [a b; c d]: by filters, which the test runs.
+MATRICES = {
+    (1, 0, 0, 1): [],
+    (0, 1, -1, 0): [("transpose", "clock")],
+    (-1, 0, 0, -1): [("hflip", ""), ("vflip", "")],
+    (0, -1, 1, 0): [("transpose", "cclock")],
+    (-1, 0, 0, 1): [("hflip", "")],
+    (1, 0, 0, -1): [("vflip", "")],
+    (0, 1, 1, 0): [("transpose", "cclock_flip")],
+    (0, -1, -1, 0): [("transpose", "clock_flip")],
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_display_matrices_are_honoured_as_ffmpeg_does(tmp_path, matrix):
+    image = plain(1, 48, 64)
+    image[:, :24, :32], image[:, 24:, :32] = COLOURS[2], COLOURS[1]
+    path = tmp_path / "a.mp4"
+    write_at(path, image, [0.0])
+    upright = av.VideoFrame.from_ndarray(video.read(path, size=64).frames[0][8:56], format="rgb24")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 44  # of a version 0 track header: nine numbers of 16.16 bits (the last column 2.30)
+    a, b, c, d = matrix
+    data[at : at + 36] = b"".join(
+        (value * 2**16).to_bytes(4, "big", signed=True) for value in (a, b, 0, c, d, 0, 0, 0, 2**14)
+    )
+    path.write_bytes(data)
+    graph = av.filter.Graph()
+    filters = [graph.add(*args) for args in MATRICES[matrix]]
+    source = graph.add_buffer(width=64, height=48, format=upright.format, time_base=Fraction(1, 25))
+    graph.link_nodes(source, *filters, graph.add("buffersink"))
+    graph.configure()
+    upright.pts = 0
+    graph.push(upright)
+    theirs = graph.pull().to_ndarray(format="rgb24").astype(int)
+    frame = video.read(path, size=64).frames[0].astype(int)
+    top, left = (64 - theirs.shape[0]) // 2, (64 - theirs.shape[1]) // 2
+    assert np.abs(frame[top : top + theirs.shape[0], left : left + theirs.shape[1]] - theirs).mean() < 1
+    info = video.probe(path)
+    assert (info.height, info.width) == theirs.shape[:2]
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 46), (45, 64), (64, 39)])
+def test_the_picture_is_in_the_middle(height, width):
+    """Of the rest, where it is odd, the larger half is below and on the right."""
+    frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), 255, np.uint8), format="rgb24")
+    lit = video.letterbox(video.Shown(frame, Fraction(1)), 64).all(-1)
+    rows, columns = np.flatnonzero(lit.any(1)), np.flatnonzero(lit.any(0))
+    assert (rows[0], rows[-1] + 1) == ((64 - height) // 2, (64 - height) // 2 + height)
+    assert (columns[0], columns[-1] + 1) == ((64 - width) // 2, (64 - width) // 2 + width)
+
+
+COVER, DEFAULT, NONE = av.stream.Disposition.attached_pic, av.stream.Disposition.default, av.stream.Disposition(0)
+
+
+def several(path, pictures, sound=False, rate=8):
+    """A file with a stream for each (u8[F, H, W, 3], Disposition), a cover as JPEG; the description comes first."""
+    with av.open(str(path), "w") as container:
+        streams = []
+        for images, disposition in pictures:
+            stream = container.add_stream("mjpeg" if disposition & COVER else "libx264", rate=rate)
+            stream.height, stream.width = images.shape[1:3]
+            stream.pix_fmt = "yuvj420p" if disposition & COVER else "yuv420p"
+            stream.disposition = disposition
+            streams.append(stream)
+        if sound:
+            stream = container.add_stream("aac", rate=8000)
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate = 8000
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        for stream, (images, _) in zip(streams, pictures, strict=True):
+            for i, image in enumerate(images):
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame.pts, frame.time_base = i, Fraction(1, rate)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    if path.suffix == ".mp4":  # its cover is read before its film
+        data = path.read_bytes()
+        at = data.index(b"moov") - 4
+        end = at + int.from_bytes(data[at : at + 4], "big")
+        atoms, place = [], at + 8
+        while place < end:
+            size = int.from_bytes(data[place : place + 4], "big")
+            atoms.append(data[place : place + size])
+            place += size
+        atoms.sort(key=lambda atom: (b"mvhd", b"udta").index(atom[4:8]) if atom[4:8] != b"trak" else 2)
+        path.write_bytes(data[: at + 8] + b"".join(atoms) + data[end:])
+
+
+@pytest.mark.parametrize(
+    ("name", "streams", "watched"),
+    [
+        ("a.mp4", [(plain(1, 96, 96), COVER), (plain(8), NONE)], (64, 48)),
+        ("a.mp4", [(plain(8), NONE), (plain(1, 96, 96), COVER)], (64, 48)),
+        ("a.mkv", [(plain(8, 16, 16), NONE), (plain(8), NONE)], (64, 48)),
+        ("a.mkv", [(plain(8, 16, 16), NONE), (plain(8), DEFAULT)], (64, 48)),
+        ("a.mkv", [(plain(8), NONE), (plain(8, 16, 16), NONE)], (64, 48)),
+        ("a.mkv", [(plain(8), NONE), (plain(8, 16, 16), DEFAULT)], (16, 16)),
+    ],
+)
+def test_of_several_video_streams_the_best_is_watched_and_said(tmp_path, name, streams, watched):
+    several(tmp_path / name, streams)
+    notes: list[str] = []
+    times = [time for time, _ in video.decode(tmp_path / name, size=32, note=notes.append)]
+    info = video.probe(tmp_path / name)
+    assert (info.width, info.height) == watched
+    assert times == [0.0, 0.5]
+    said = [] if name == "a.mp4" else [f"is watched ({watched[0]}x{watched[1]})"]
+    assert [note[-len(line) :] for note, line in zip(notes, said, strict=True)] == said
+
+
+@pytest.mark.parametrize("use", [video.read, video.probe])
+def test_a_song_with_a_cover_is_no_video(tmp_path, use):
+    several(tmp_path / "a.mp4", [(plain(1, 96, 96), COVER)], sound=True)
+    with pytest.raises(UserError, match="has only a picture"):
+        use(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("jump", [10.6, 3 * 86400.0])
+def test_a_gap_is_not_filled_but_said(tmp_path, jump):
+    seconds = [0.0, 0.5, 1.0, 1.5, 1.5 + jump, 2.0 + jump]
+    write_at(tmp_path / "a.mkv", plain(6), seconds)
+    notes: list[str] = []
+    got = [(time, colour_index(image)) for time, image in video.decode(tmp_path / "a.mkv", size=32, note=notes.append)]
+    assert [colour for _, colour in got] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]  # the fourth leaves the screen at 1.54, then comes the fifth
+    assert [time for time, _ in got] == [i / 2 for i in range(len(got))]
+    assert len(notes) == 1
+    assert f"jump by {jump - 0.04:.2f} s at 1.54 s" in notes[0]
+    filled = sum(1 for _ in video.decode(tmp_path / "a.mkv", 0.5, 32, max_gap=1e9, note=notes.append))
+    assert filled == (1.54 + jump + 0.5) // 2 + 1 if jump < 100 else filled > 100_000
+    assert len(notes) == 1
+
+
+def test_a_pause_is_filled(tmp_path):
+    write_at(tmp_path / "a.mkv", plain(2), [0.0, 10.0])
+    assert [colour_index(f) for f in video.read(tmp_path / "a.mkv", fps=2, size=32).frames] == [0] * 20 + [1]
+
+
+def test_a_clock_that_is_set_back_or_forth(tmp_path):
+    """Transport streams, one behind the other, each with its own clock; of many jumps the first are named."""
+    for name, begin in (("a", 1000.0), ("b", 0.0), ("c", 5000.0)):
+        write_at(tmp_path / f"{name}.ts", plain(6), [begin + i / 2 for i in range(6)])
+    names = [*"abc"] + [*"bc"] * 2
+    (tmp_path / "all.ts").write_bytes(b"".join((tmp_path / f"{name}.ts").read_bytes() for name in names))
+    notes: list[str] = []
+    times = [time for time, _ in video.decode(tmp_path / "all.ts", size=32, note=notes.append)]
+    assert times == [i / 2 for i in range(len(times))]
+    assert len(names) * 5 < len(times) <= len(names) * 6
+    assert len(notes) == 4
+    assert "all.ts: time stamps jump 6 times in all" in notes[-1]
+
+
+@pytest.mark.parametrize(
+    "name", ["cam:front.mp4", "02-12:30:05.mp4", "concat:a|b.mp4", "data:x.mp4", "a|b.mp4", "-i.mp4"]
+)
+def test_a_local_name_is_no_address(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    video.write(name, plain(4), 2)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert len(video.read(name, size=32).frames) == 4
+    assert video.probe(name).fps == 2
+
+
+@pytest.mark.parametrize(
+    ("fps", "size"), [(0, 32), (-1, 32), (float("nan"), 32), (float("inf"), 32), (1e-9, 32), (2, 0), (2, -3)]
+)
+def test_what_cannot_be_sampled(tmp_path, fps, size):
+    video.write(tmp_path / "a.mp4", plain(4), 2)
+    with pytest.raises(UserError, match="give a"):
+        video.read(tmp_path / "a.mp4", fps, size)
+
+
 def test_pixels_that_are_not_square(tmp_path):
     write_at(tmp_path / "a.mp4", plain(1, 64, 64), [0.0], aspect=Fraction(2, 1))
     info = video.probe(tmp_path / "a.mp4")

@@ -1,5 +1,6 @@
 """The decoder: what its checkpoints save, its RoPE scaling, its configuration."""
 
+import copy
 import dataclasses
 
 import jax
@@ -82,8 +83,39 @@ def test_both_spellings_of_rope():
     old = LlamaConfig.from_hf_config({**HF, "rope_theta": 5e5, "rope_scaling": scaling})
     new = LlamaConfig.from_hf_config({**HF, "rope_parameters": {"rope_theta": 5e5, **scaling}})
     assert old == new
-    assert new.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert new.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 2048)  # max_position_embeddings, as transformers
     assert LlamaConfig.from_hf_config(HF).rope_scaling is None
+
+
+LINEAR = {"type": "linear", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "rope_scaling": LINEAR},
+        {"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": LINEAR},
+        {"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": LINEAR, "rope_theta": 700.0},
+        {"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": {}, "rope_theta": 700.0},
+        {"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": None, "rope_theta": 700.0},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2}, "rope_theta": 700.0},
+        {"rope_parameters": None, "rope_theta": 700.0},
+        {"rope_scaling": {**LINEAR, "rope_theta": 99.0}, "rope_theta": 700.0},
+        {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}, "rope_scaling": LINEAR},
+        {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "rope_scaling": LLAMA3},
+        {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}, "original_max_position_embeddings": 16},
+        {"rope_scaling": {**LINEAR, "factor": 0.5, "rope_type": "linear"}},
+    ],
+)
+def test_rope_that_is_named_twice_is_what_transformers_computes(rope):
+    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    from transformers import AutoConfig
+
+    config = {**HF, "head_dim": 16, "max_position_embeddings": 256, **rope}
+    theirs = modeling.LlamaRotaryEmbedding(AutoConfig.for_model(**copy.deepcopy(config))).inv_freq
+    ours = rope_frequencies(LlamaConfig.from_hf_config(config))
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +124,33 @@ def test_both_spellings_of_rope():
         ({"model_type": "qwen2_moe"}, "qwen2_moe"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
+        ({"rope_scaling": ["linear", 2.0]}, "rope_scaling is"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": None}}, "factor is None"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor is '4'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "factor is nan"),
+        ({"rope_scaling": {"rope_type": "linear", "type": "default", "factor": 2.0}}, "keep one"),
+        ({"rope_scaling": {"rope_type": None, "factor": 2.0}}, "rope scaling None"),
+        ({"rope_scaling": {"rope_type": {}, "factor": 2.0}}, "rope scaling {}"),
+        ({"rope_scaling": {"factor": 2.0}}, "factor in its default RoPE"),
+        ({"rope_scaling": {**LINEAR, "attention_factor": 1.5}}, "attention_factor in its linear RoPE"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}, "full_attention in its"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_theta is None"),
+        ({"rope_theta": "10000"}, "rope_theta is '10000'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "must be above low_freq_factor"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"num_key_value_heads": 3}, "3 key/value heads"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None"),
+        ({"hidden_size": 32.0}, "hidden_size is 32.0, not a whole number"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_attention_heads": "4"}, "num_attention_heads is '4'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        ({"head_dim": 5}, "head_dim 5 is odd"),
     ],
 )
 def test_configs_that_are_not_computed(change, message):

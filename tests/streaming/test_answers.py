@@ -97,3 +97,14 @@ def test_what_prompts_share_is_read_once(config, ask, monkeypatch):
 
 def test_rungs():
     assert [rung(value) for value in (0, 16, 17, 25, 33, 49, 1000)] == [16, 16, 24, 32, 48, 64, 1024]
+
+
+def test_a_reply_ends_at_eos(config, ask, plainly, monkeypatch):
+    asked = prompts(config)
+    whole = [plainly(prompt) for prompt in asked]
+    begins = {reply[0] for reply in whole}
+    eos = next(token for reply in whole for token in reply if token not in begins)
+    monkeypatch.setattr(ask, "eos", eos)
+    want = [reply[: reply.index(eos)] if eos in reply else reply for reply in whole]
+    assert want != whole
+    assert ask(asked, LIMIT) == want

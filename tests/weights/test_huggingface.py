@@ -149,6 +149,80 @@ def test_layers_of_two_dtypes_lose_nothing(tmp_path):
     np.testing.assert_array_equal(kernel[2], tensors[name].T)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "common"),
+    [("float16", "bfloat16", "float32"), ("bfloat16", "float32", "float32"), ("float16", "float16", "float16")],
+)
+def test_layers_of_any_two_dtypes_lose_nothing(tmp_path, first, second, common):
+    hf_llama(tmp_path)
+    tensors = stored(tmp_path)
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]
+    for name, dtype in zip(names, (first, second, first), strict=True):
+        tensors[name] = tensors[name].astype(dtype)
+    write_tensors(tmp_path, tensors.items())
+    kernel = llama_params(TensorReader(tmp_path), SHAPE)["layers"]["q"]["kernel"]
+    assert kernel.dtype == common
+    for i, name in enumerate(names):
+        np.testing.assert_array_equal(kernel[i], tensors[name].astype(common).T)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_nan_and_infinity_are_named(tmp_path, value, dtype):
+    hf_llama(tmp_path)
+    tensors = {name: tensor.astype(dtype) for name, tensor in stored(tmp_path).items()}
+    tensors["model.layers.1.input_layernorm.weight"][5] = value
+    largest = ml_dtypes.finfo(dtype).max
+    tensors["model.norm.weight"][:3] = [largest, -largest, 0]  # which are numbers
+    write_tensors(tmp_path, tensors.items())
+    with pytest.raises(UserError, match=r"model.layers.1.input_layernorm.weight holds NaN or infinity"):
+        llama_params(TensorReader(tmp_path), SHAPE)
+    as_it_is = llama_params(TensorReader(tmp_path, allow_nonfinite=True), SHAPE)
+    assert not np.isfinite(as_it_is["layers"]["input_norm"]["scale"][1, 5])
+    tensors["model.layers.1.input_layernorm.weight"][5] = 1
+    write_tensors(tmp_path, tensors.items())
+    llama_params(TensorReader(tmp_path), SHAPE)
+
+
+def test_nan_is_found_at_the_end_of_a_large_tensor(tmp_path):
+    array = np.zeros((513, 1025), np.float32)
+    array[-1, -1] = np.nan
+    write_tensors(tmp_path, [("a", array), ("none", np.zeros((0, 3), np.float32)), ("b", np.float32(np.nan))])
+    for name in "ab":
+        with pytest.raises(UserError, match=f"{name} holds NaN"):
+            TensorReader(tmp_path).get(name)
+    assert TensorReader(tmp_path).get("none").shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer"),
+    [
+        ("", ""),  # the decoder's own names beside lm_head
+        ("language_model.model.", "language_model."),
+        ("module.model.", "module."),
+        ("decoder.", ""),
+    ],
+)
+def test_names_that_all_differ_by_a_prefix_are_taken(tmp_path, caplog, inner, outer):
+    hf_llama(tmp_path)
+    tensors = stored(tmp_path)
+    want = llama_params(TensorReader(tmp_path), SHAPE)
+    renamed = {
+        inner + name.removeprefix("model.") if name.startswith("model.") else outer + name: tensor
+        for name, tensor in tensors.items()
+    }
+    connector = {"connector.0.weight": np.zeros((6, 4), np.float32)}
+    write_tensors(tmp_path, (renamed | connector).items())
+    got = llama_params(TensorReader(tmp_path), SHAPE)
+    assert f"begin with {inner!r} where 'model.' is usual" in caplog.text
+    np.testing.assert_array_equal(got["layers"]["q"]["kernel"], want["layers"]["q"]["kernel"])
+    np.testing.assert_array_equal(got["head"]["kernel"], want["head"]["kernel"])
+    del renamed[f"{outer}lm_head.weight"]
+    write_tensors(tmp_path, renamed.items())
+    with pytest.raises(UserError, match=r"; missing: lm_head.weight$"):
+        llama_params(TensorReader(tmp_path), SHAPE)
+
+
 def test_lora_must_be_merged_and_experts_stay_behind(tmp_path):
     hf_llama(tmp_path)
     params = llama_params(TensorReader(tmp_path), SHAPE)
@@ -192,6 +266,22 @@ def test_every_misfit_is_named(tmp_path):
     assert "unexpected: extra.weight, model.layers.0.self_attn.q_proj.bias;" in message
     assert message.endswith("wrong shape: lm_head.weight (expected (40, 16), found (41, 16))")
     assert "\n" not in message
+
+
+def test_errors_of_many_layers_are_short(tmp_path):
+    hf_llama(tmp_path)
+    write_tensors(tmp_path, [(f"{'x' * 500}.{name}.old", tensor) for name, tensor in stored(tmp_path).items()])
+    with pytest.raises(UserError, match=r"and 27 more; unexpected: .* and 27 more") as error:
+        llama_params(TensorReader(tmp_path), SHAPE)
+    assert len(str(error.value)) < 1000
+    index = {f"model.layers.{i}.gone": "model.safetensors" for i in range(1000)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(UserError, match=r"lacks .* and 997 more") as error:
+        TensorReader(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {n: n for n in index}}))
+    with pytest.raises(UserError, match=r"lacks .* and 997 more") as error:
+        TensorReader(tmp_path)
+    assert len(str(error.value)) < 1000
 
 
 def test_connector_misfits(tmp_path):
@@ -246,8 +336,12 @@ def test_broken_indexes(tmp_path):
     index.write_text(json.dumps({"weight_map": {**written["weight_map"], "ghost": shard.name}}))
     with pytest.raises(UserError, match=rf"{shard.name} lacks ghost"):
         TensorReader(tmp_path)
-    for text in ("{", "[]", "{}"):
-        index.write_text(text)
+    for file in (None, 3, ["a"], "../elsewhere.safetensors", "/etc/passwd", "", "."):
+        index.write_text(json.dumps({"weight_map": {**written["weight_map"], "odd": file}}))
+        with pytest.raises(UserError, match=r"does not name a file of its folder for odd: "):
+            TensorReader(tmp_path)
+    for text in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": ' + "[" * 200_000, "\ud800"):
+        index.write_text(text, errors="surrogatepass")
         with pytest.raises(UserError, match=r"index.json"):
             TensorReader(tmp_path)
 
@@ -264,6 +358,11 @@ def test_missing_folders_and_configs(tmp_path):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"a": 1}')
     assert read_config(tmp_path) == {"a": 1}
+    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_config(tmp_path) == {"a": 1}
+    (tmp_path / "config.json").write_bytes(b"\xff\x00")
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
+        read_config(tmp_path)
 
 
 def test_quantised_weights_are_refused(tmp_path):

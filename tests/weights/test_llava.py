@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from vmod_jax.convert import export_folder, import_folder
-from vmod_jax.models.connectors import bilinear
 
 import vmod_jax
 from vmod_jax.errors import UserError
+from vmod_jax.models.connectors import bilinear
 from vmod_jax.weights import llava
 from vmod_jax.weights.folder import open_folder
 from vmod_jax.weights.huggingface import TensorReader, flat, write_tensors

@@ -25,6 +25,7 @@ def import_main(argv: Sequence[str]) -> None:
     parser.add_argument("--grid", metavar="HxW", help="patch tokens a frame, 0x0 for none (3x3)")
     parser.add_argument("--form", choices=FORMS, help="of its conversations: plain, or chat by its template (plain)")
     parser.add_argument("--no-cls", action="store_true", help="a frame has no CLS token")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="take weights with NaN or infinity in them")
     args = parser.parse_args(argv)
     fields: dict[str, Any] = {name: value for name in ("gate", "form") if (value := getattr(args, name)) is not None}
     if args.grid is not None:
@@ -33,7 +34,9 @@ def import_main(argv: Sequence[str]) -> None:
         fields["grid"] = (int(match[1]), int(match[2]))
     if args.no_cls:
         fields["cls"] = False
-    done = import_folder(args.source, args.out, args.vision, args.adapter, args.policy, args.keep, **fields)
+    done = import_folder(
+        args.source, args.out, args.vision, args.adapter, args.policy, args.keep, args.allow_nonfinite, **fields
+    )
     print(f"wrote {args.out}: {done.what}; {done.measured}")
     print(f"next: vmod_jax.load({args.out!r}), or init_from={args.out} in a training config")
 

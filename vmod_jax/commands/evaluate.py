@@ -1,7 +1,8 @@
-"""`vmod evaluate`: score a workdir's checkpoint on a benchmark, beside baselines that see no video.
+"""`vmod evaluate`: score a workdir's checkpoint on a benchmark, beside answers that see no video.
 
 The default benchmark, `narration`, is the paper's streaming evaluation (section 4.1): on each stream of a held-out
-split, does the model speak at the right frame, and does it say the right thing?
+split, does the model speak at the right frame, and does it say the right thing? A run that was killed goes on with what
+it has predicted.
 """
 
 import sys
@@ -18,14 +19,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, help="a trained or imported model")
     parser.add_argument("--config", help="a file of configs/ whose data to score on (default: the workdir's own)")
     parser.add_argument("--benchmark", default="narration", help=f"one of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--split", choices=("train", "val", "test"), help="default: data.eval_split")
+    parser.add_argument("--root", help="the data set's folder (default: data.root)")
+    parser.add_argument(
+        "--split", choices=("train", "val", "test"), help="default: the benchmark's, or data.eval_split"
+    )
     parser.add_argument("--threshold", type=float, default=0.0, help="speak where P(silent) is below; 0: argmax alone")
+    parser.add_argument("--limit", type=int, help="score on the first so many videos only")
     parser.add_argument("--step", type=int, help="checkpoint (default: the last)")
     args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if rest and not args.config:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     config = parse(["--config", args.config, *rest, "--workdir", args.workdir])[0] if args.config else None
-    result = evaluate(args.workdir, config, args.benchmark, args.split, args.threshold, args.step)
+    result = evaluate(
+        args.workdir, config, args.benchmark, args.split, args.threshold, args.step, args.root, args.limit
+    )
     print_scores(result)
     print(f"wrote {Path(args.workdir) / 'eval' / args.benchmark}.json")
     return 0

@@ -1,10 +1,12 @@
 """Video files in, frames out: what is on screen at 0, 1/fps, 2/fps, ... seconds.
 
 Sampling goes by the frames' own time stamps, so variable frame rates and odd time bases come out right, and the
-decoder's frames are dropped as soon as they are passed: memory does not grow with the video.
+decoder's frames are dropped as soon as they are passed: memory does not grow with the video. Where the time stamps jump
+(a clock that is set anew, a last frame days later), the gap is left out and said.
 """
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -13,8 +15,15 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import NAMED, UserError
+
+log = logging.getLogger(__name__)
+
+MAX_GAP = 10.0  # seconds: a longer jump of the time stamps is no pause of a film; FFmpeg's own threshold
+RATES = (1e-4, 1e4)  # frames a second at which a video may be sampled
 
 
 class VideoInfo(NamedTuple):
@@ -34,20 +43,27 @@ class Video(NamedTuple):
 
 
 def decode(
-    path: str | Path, fps: float = 2.0, size: int = 384, allow_partial: bool = False
+    path: str | Path,
+    fps: float = 2.0,
+    size: int = 384,
+    allow_partial: bool = False,
+    max_gap: float = MAX_GAP,
+    note: Callable[[str], None] = log.warning,
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yields (i / fps, u8[size, size, 3] RGB) for i = 0, 1, ...: the last decoded frame at or before that time.
 
     Times count from the first frame. The longer side is scaled to `size`, the rest is zeros on both sides. Runs until
-    the last frame has left the screen. With `allow_partial`, a file that breaks off in its middle gives what could be
-    decoded before. Raises UserError: no such file, not a video, no frames, or (while iterating) broken in its middle.
+    the last frame has left the screen. Where a frame's time stamp lies more than `max_gap` seconds behind or before the
+    end of the frame in front of it, nothing is filled in: times go on without the gap, and `note` gets a line with its
+    place; it also hears which of several video streams is watched. With `allow_partial`, a file that breaks off in its
+    middle gives what could be decoded before. Raises UserError: no such file, not a video, no frames, or (while
+    iterating) broken in its middle.
     """
-    if not fps > 0:
-        raise UserError(f"{path}: frames are sampled at {fps:g} a second; the rate must be above zero")
+    check_sampling(fps, size)
     step = 1 / Fraction(fps).limit_denominator(100_000)
     shown: Shown | None = None
     index, end = 0, Fraction(0)
-    for time, duration, frame in _timed_frames(path, allow_partial):
+    for time, duration, frame in _timed_frames(path, allow_partial, max_gap, note):
         while shown is not None and index * step < time:
             yield float(index * step), letterbox(shown, size)
             index += 1
@@ -55,6 +71,14 @@ def decode(
     while shown is not None and (index == 0 or index * step < end):
         yield float(index * step), letterbox(shown, size)
         index += 1
+
+
+def check_sampling(fps: float, size: int) -> None:
+    """Raises UserError where no frames can be sampled at `fps` a second, `size` pixels a side."""
+    if not RATES[0] <= fps <= RATES[1]:
+        raise UserError(f"frames are sampled at {fps:g} a second; give a rate from {RATES[0]:g} to {RATES[1]:g}")
+    if size < 1:
+        raise UserError(f"frames of {size} pixels a side; give an image size of at least 1")
 
 
 def read(path: str | Path, fps: float = 2.0, size: int = 384, allow_partial: bool = False) -> Video:
@@ -78,7 +102,7 @@ def probe(path: str | Path) -> VideoInfo:
             duration = container.duration / av.time_base if container.duration else None
         rate = stream.average_rate or stream.guessed_rate
         width, height = _display_size(frame, _pixel_aspect(stream))
-        if frame.rotation % 180:
+        if _turns(frame)[0]:
             width, height = height, width
         return VideoInfo(round(width), round(height), duration, float(rate) if rate else None)
 
@@ -102,7 +126,7 @@ def write(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
     One thread, because x264's output depends on their number and the same frames should give the same file.
     """
     rate = Fraction(fps).limit_denominator(100_000)
-    with av.open(str(path), "w") as container:
+    with av.open(str(Path(path).absolute()), "w") as container:
         stream: Any = None
         for index, image in enumerate(frames):
             height, width = image.shape[:2]
@@ -129,13 +153,15 @@ class Shown(NamedTuple):
 
 
 def letterbox(shown: Shown, size: int) -> np.ndarray:
-    """u8[size, size, 3] RGB: longer side = size, centred, zeros around; turned as the file says."""
+    """u8[size, size, 3] RGB: longer side = size, centred, zeros around; turned and mirrored as the file says."""
     frame, aspect = shown
     width, height = _display_size(frame, aspect)
     scale = size / max(width, height)
     width, height = (max(1, round(side * scale)) for side in (width, height))
     image = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray()
-    image = np.rot90(image, frame.rotation // 90 % 4)  # both count counter-clockwise
+    transposed, across, down = _turns(frame)
+    image = image.swapaxes(0, 1) if transposed else image
+    image = image[:: -1 if down else 1, :: -1 if across else 1]
     top, left = ((size - side) // 2 for side in image.shape[:2])
     out = np.zeros((size, size, 3), np.uint8)
     out[top : top + image.shape[0], left : left + image.shape[1]] = image
@@ -147,47 +173,104 @@ def _display_size(frame: av.VideoFrame, aspect: Fraction) -> tuple[float, float]
     return float(frame.width * max(aspect, 1)), float(frame.height * max(1 / aspect, 1))
 
 
+def _turns(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """What its display matrix asks for: (rows become columns, then mirrored from left to right, from top to bottom).
+
+    Of [a b; c d], which takes (x, y) to (a x + c y, b x + d y), right angles and mirrors are honoured as FFmpeg does;
+    other angles are taken to the nearest of them.
+    """
+    every: Any = frame.side_data  # its stubs take it for a mapping
+    data = next((bytes(data) for data in every if data.type == Type.DISPLAYMATRIX), None)
+    if data is None:
+        return False, False, False
+    a, b, _, c, d = (int(value) for value in np.frombuffer(data, np.int32)[:5])
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return True, c < 0, b < 0
+    return False, a < 0, d < 0
+
+
 def _pixel_aspect(stream: Any) -> Fraction:
     return Fraction(stream.sample_aspect_ratio or 1)
 
 
-def _timed_frames(path: str | Path, allow_partial: bool) -> Iterator[tuple[Fraction, Fraction, Shown]]:
-    """Decoded frames with their time since the first frame and how long each stays on screen, in seconds."""
-    with _open(path) as (container, stream):
-        rate = stream.average_rate or stream.guessed_rate or 25
-        first = end = Fraction(0)  # start of the first frame, end of the latest one, on the file's own clock
-        count = 0
+def _timed_frames(
+    path: str | Path, allow_partial: bool, max_gap: float, note: Callable[[str], None]
+) -> Iterator[tuple[Fraction, Fraction, Shown]]:
+    """Decoded frames with their time since the first frame, gaps left out, and how long each stays on screen."""
+    with _open(path, note) as (container, stream):
+        usual = min(1 / Fraction(stream.average_rate or stream.guessed_rate or 25), Fraction(max_gap))
+        start = end = Fraction(0)  # where the time stamps count from, and the end of the latest frame, on their clock
+        count, gaps = 0, _Gaps(path, note)
         try:
             for frame in container.decode(stream):
                 time = end if frame.pts is None else frame.pts * frame.time_base
-                duration = frame.duration * frame.time_base if frame.duration else 1 / Fraction(rate)
-                first = first if count else time
+                duration = frame.duration * frame.time_base if frame.duration else usual
+                duration = duration if 0 < duration <= max_gap else usual
+                start, end = (start, end) if count else (time, time)
+                if abs(gap := time - end) > max_gap:
+                    gaps.add(float(gap), float(end - start))
+                    start += gap
                 end = time + duration
                 count += 1
-                yield time - first, duration, Shown(frame, _pixel_aspect(stream))
+                yield time - start, duration, Shown(frame, _pixel_aspect(stream))
         except FFmpegError as error:
             if not (allow_partial and count):
                 advice = "--allow-partial uses those" if count else "is the file complete?"
                 raise UserError(
-                    f"{path}: decoding failed at {float(end - first):.2f} s ({error.strerror}), "
+                    f"{path}: decoding failed at {float(end - start):.2f} s ({error.strerror}), "
                     f"{count} frames were decoded before; {advice}"
                 ) from error
+        gaps.finish()
         if not count:
             raise UserError(f"{path}: has no video frames; is the file complete?")
 
 
+class _Gaps:
+    """Says where time stamps jump, of many jumps the first three and their number."""
+
+    def __init__(self, path: str | Path, note: Callable[[str], None]):
+        self.path, self.note, self.count = path, note, 0
+
+    def add(self, gap: float, place: float) -> None:
+        self.count += 1
+        if self.count <= NAMED:
+            self.note(f"{self.path}: time stamps jump by {gap:.2f} s at {place:.2f} s; the gap is not filled")
+
+    def finish(self) -> None:
+        if self.count > NAMED:
+            self.note(f"{self.path}: time stamps jump {self.count} times in all; none of the gaps is filled")
+
+
 @contextmanager
-def _open(path: str | Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream."""
+def _open(path: str | Path, note: Callable[[str], None] = log.debug) -> Iterator[tuple[Any, Any]]:
+    """The container and the video stream to watch."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        container = av.open(str(path))
-    except FFmpegError as error:
-        raise UserError(f"{path}: cannot be read as a video ({error.strerror})") from error
+        # From the root on: FFmpeg would take "cam:front.mp4" for an address.
+        container = av.open(str(Path(path).absolute()))
+    except (FFmpegError, UnicodeEncodeError) as error:
+        reason = getattr(error, "strerror", None) or "its name cannot be encoded"
+        raise UserError(f"{path}: cannot be read as a video ({reason})") from error
     with container:
-        if not container.streams.video:
-            raise UserError(f"{path}: has no video stream")
-        stream = container.streams.video[0]
+        stream = _best(path, container, note)
         stream.thread_type = "AUTO"
         yield container, stream
+
+
+def _best(path: str | Path, container: Any, note: Callable[[str], None]) -> Any:
+    """The video stream that the command `ffmpeg` takes: the default one or else the largest; never a cover."""
+    films = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not films:
+        cover = "only a picture (a cover)" if container.streams.video else "no video stream"
+        raise UserError(f"{path}: has {cover}; give a video")
+    best = max(films, key=_rank)
+    if len(films) > 1:
+        note(f"{path}: of its {len(films)} video streams number {best.index} is watched ({best.width}x{best.height})")
+    return best
+
+
+def _rank(film: Any) -> tuple[bool, int]:
+    """Streams known to hold frames first; being the default is worth five million pixels to FFmpeg."""
+    default = bool(film.disposition & Disposition.default)
+    return film.frames > 0, film.width * film.height + 5_000_000 * default

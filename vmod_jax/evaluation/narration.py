@@ -1,64 +1,89 @@
-"""The paper's streaming evaluation (section 4.1): does the model speak at the right frame, and say the right thing?"""
+"""The paper's streaming evaluation (section 4.1): does the model speak at the right frame, and say the right thing?
 
-from collections.abc import Sequence
+A response is what one stream's metrics are, worked out while its frames are there; scores are means over streams.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from vmod_jax.data.conversation import IGNORE, Encoded, encode
-from vmod_jax.data.pipeline import Streams, open_streams
+from vmod_jax.data.pipeline import Streams
 from vmod_jax.errors import UserError
 from vmod_jax.evaluation import stream_metrics
-from vmod_jax.evaluation.scorer import Scored, Scorer
+from vmod_jax.evaluation.documents import Document, Responses
+from vmod_jax.evaluation.scorer import Scorer
 from vmod_jax.evaluation.stream_metrics import SampleMetrics, TokenStats
+from vmod_jax.evaluation.table import Benchmark, Respond, Task
 from vmod_jax.lm import LanguageModel
 
 
-def narration(lm: LanguageModel, config: Any, split: str, threshold: float) -> Scored:
-    """The four streaming metrics and their strict variants (see evaluation/stream_metrics.py)."""
-    fmt, size = lm.fmt, lm.config.vision.image_size if lm.config.vision else 0
-    streams = open_streams(config.data, split, size)
-    rows = [(encode(sample.conversation, fmt), sample) for sample in streams.samples]
-    _check_frames(lm, streams)
-    scorer = Scorer(lm)
-    with_frames = [(row, streams.frames(sample)) for row, sample in rows]
-    stats = scorer(with_frames, f"scoring {split}")
-
-    # Where the model stayed silent, what would it have done without the reply? One continuation a silent turn.
-    more = [
-        (i, c)
-        for i, ((row, _), s) in enumerate(zip(rows, stats, strict=True))
-        for c in stream_metrics.continuations(row, s, fmt, threshold)
+def documents(task: Task) -> list[Document]:
+    """A stream each."""
+    streams = task.streams()
+    check_frames(task.lm, streams)
+    known = {"frames": streams.frames, "fps": task.lm.config.fps}
+    return [
+        Document(f"{number} {s.video} {s.start}", s.video, "", None, extra={"sample": s, **known})
+        for number, s in enumerate(streams.samples)
     ]
-    late = scorer([(c.encoded, with_frames[i][1][c.frames]) for i, c in more], "late replies" if more else "")
-    continued: dict[int, dict[int, TokenStats]] = {i: {} for i in range(len(rows))}
-    for (i, c), s in zip(more, late, strict=True):
-        continued[i][c.turn] = s
-    samples = [stream_metrics.score(row, stats[i], fmt, threshold, continued[i]) for i, (row, _) in enumerate(rows)]
 
+
+def respond(task: Task) -> Respond:
+    """{metric: value of this stream, replies: [{truth, first_choices}]} of each."""
+    fmt, scorer = task.lm.fmt, Scorer(task.lm)
+
+    def batch(some: Sequence[Document]) -> list[dict[str, Any]]:
+        rows = [encode(document.extra["sample"].conversation, fmt) for document in some]
+        frames = [document.extra["frames"](document.extra["sample"]) for document in some]
+        stats = scorer(list(zip(rows, frames, strict=True)))
+        # Where the model stayed silent, what would it have done without the reply? One continuation a silent turn.
+        more = [
+            (i, c)
+            for i, (row, s) in enumerate(zip(rows, stats, strict=True))
+            for c in stream_metrics.continuations(row, s, fmt, task.threshold)
+        ]
+        late = scorer([(c.encoded, frames[i][c.frames]) for i, c in more])
+        continued: list[dict[int, TokenStats]] = [{} for _ in rows]
+        for (i, c), s in zip(more, late, strict=True):
+            continued[i][c.turn] = s
+        return [
+            stream_metrics.score(row, s, fmt, task.threshold, own)._asdict() | {"replies": _replies(row, s, fmt)}
+            for row, s, own in zip(rows, stats, continued, strict=True)
+        ]
+
+    return batch
+
+
+def score(some: Sequence[Document], responses: Responses) -> Mapping[str, float]:
+    """Means over streams (see evaluation/stream_metrics.py)."""
+    frames = [SampleMetrics(*(responses[one.id][name] for name in SampleMetrics._fields)) for one in some]
+    return stream_metrics.aggregate(frames, some[0].extra["fps"])
+
+
+BLIND = {
+    "always_silent": stream_metrics.always_silent,
+    "always_speak": stream_metrics.always_speak,
+    "copy_last": stream_metrics.copy_last,
+}
+
+
+def constants(task: Task, some: Sequence[Document]) -> dict[str, Responses]:
+    """Never speaking, always speaking, and saying again what was said last; texts are the training split's
+    commonest."""
+    fmt = task.lm.fmt
     prior = stream_metrics.text_prior(
-        (encode(sample.conversation, fmt) for sample in open_streams(config.data, "train", size).samples), fmt
+        (encode(sample.conversation, fmt) for sample in task.streams(split="train").samples), fmt
     )
-    blind = {
-        name: _blind(baseline, [row for row, _ in rows], fmt, prior, lm.config.fps) for name, baseline in BLIND.items()
-    }
-    predictions = [
-        {"video": s.video, "start": s.start, "stop": s.stop, **m._asdict(), "replies": _replies(row, st, fmt)}
-        for (row, s), m, st in zip(rows, samples, stats, strict=True)
-    ]
-    return Scored(stream_metrics.aggregate(samples, lm.config.fps), blind, len(rows), predictions)
 
-
-BLIND = {"always_silent": stream_metrics.always_silent, "always_speak": stream_metrics.always_speak}
-
-
-def _blind(baseline, rows: Sequence[Encoded], fmt, prior, fps: float) -> dict[str, float]:
-    scores: list[SampleMetrics] = []
-    for row in rows:
+    def blind(baseline, document: Document) -> dict[str, float]:
+        row = encode(document.extra["sample"].conversation, fmt)
         stats = baseline(row, fmt, prior)
         continued = {c.turn: baseline(c.encoded, fmt, prior) for c in stream_metrics.continuations(row, stats, fmt)}
-        scores.append(stream_metrics.score(row, stats, fmt, continued=continued))
-    return stream_metrics.aggregate(scores, fps)
+        return stream_metrics.score(row, stats, fmt, continued=continued)._asdict()
+
+    return {name: {one.id: blind(baseline, one) for one in some} for name, baseline in BLIND.items()}
 
 
 def _replies(row: Encoded, stats: TokenStats, fmt) -> list[dict[str, str]]:
@@ -74,7 +99,8 @@ def _replies(row: Encoded, stats: TokenStats, fmt) -> list[dict[str, str]]:
     return replies
 
 
-def _check_frames(lm: LanguageModel, streams: Streams) -> None:
+def check_frames(lm: LanguageModel, streams: Streams) -> None:
+    """Raises UserError where the model does not take frames such as these."""
     sample = streams.samples[0]
     shape = streams.frames(sample._replace(stop=sample.start + 1)).shape[1:]
     n, width = lm.config.tokens_per_frame, lm.config.vision_hidden_size
@@ -84,4 +110,4 @@ def _check_frames(lm: LanguageModel, streams: Streams) -> None:
         raise UserError("the data has pixels, and the model has no vision tower: prepare features with vmod data")
 
 
-# name -> (lm, config, split, threshold) -> Scored
+NARRATION = Benchmark(documents, respond, {"": score}, constants)

@@ -1,39 +1,30 @@
-"""Runs a model over whole sequences and keeps of its logits what metrics need; what a benchmark gives back."""
+"""Runs a model over whole sequences and keeps of its logits what metrics need."""
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from vmod_jax.data.batch import Bucket
 from vmod_jax.data.conversation import IGNORE, Encoded
 from vmod_jax.evaluation.stream_metrics import TokenStats
 from vmod_jax.lm import LanguageModel
+from vmod_jax.streaming.answers import rung
 
 HEAD_CHUNK = 256  # positions whose logits are held at a time: a vocabulary of 128,000 needs 0.1 GB a row
-
-
-class Scored(NamedTuple):
-    """What a benchmark found. predictions: one object a sample, for the file beside the scores."""
-
-    metrics: dict[str, float]
-    baselines: dict[str, dict[str, float]]
-    samples: int
-    predictions: list[dict[str, Any]]
 
 
 class Scorer:
     """Runs a model over whole sequences and keeps, position by position, what the metrics need of its logits.
 
-    Rows are padded to a bucket that only grows, so that a handful of compiles serve a whole split.
+    A call's rows are padded to a bucket of their own, one of few: a handful of compiles serve a whole split, and what
+    comes out does not depend on what was scored before.
     """
 
     def __init__(self, lm: LanguageModel, batch_size: int = 8):
-        self.lm, self.batch_size, self.bucket = lm, batch_size, Bucket(0, 0, 0)
+        self.lm, self.batch_size = lm, batch_size
         self._stats = jax.jit(self._run)
 
     def _run(self, params, input_ids, frames, length, labels):
@@ -53,32 +44,25 @@ class Scorer:
 
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, size), jax.lax.map(one, (chunks, targets)))
 
-    def __call__(self, rows: Sequence[tuple[Encoded, np.ndarray]], progress: str = "") -> list[TokenStats]:
+    def __call__(self, rows: Sequence[tuple[Encoded, np.ndarray]]) -> list[TokenStats]:
         """rows: (encoded, frames u8[F, S, S, 3] | f32[F, n, d_v]); -> statistics of each, in order."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0].input_ids), reverse=True)
         out: dict[int, TokenStats] = {}
-        with tqdm(total=len(rows), desc=progress, unit="stream", disable=not progress) as bar:
-            for start in range(0, len(order), self.batch_size):
-                group = order[start : start + self.batch_size]
-                for i, stats in zip(group, self._batch([rows[i] for i in group]), strict=True):
-                    out[i] = stats
-                bar.update(len(group))
+        for start in range(0, len(order), self.batch_size):
+            group = order[start : start + self.batch_size]
+            for i, stats in zip(group, self._batch([rows[i] for i in group]), strict=True):
+                out[i] = stats
         return [out[i] for i in range(len(rows))]
 
     def _batch(self, rows: Sequence[tuple[Encoded, np.ndarray]]) -> list[TokenStats]:
         n = self.lm.config.tokens_per_frame
-        need = Bucket(
-            max(len(frames) for _, frames in rows),
-            max(len(row.input_ids) - n * len(frames) for row, frames in rows),
-            0,
-        )
-        if not self.bucket.holds(need):
-            self.bucket = Bucket(*(max(up(a, 16), b) for a, b in zip(need, self.bucket, strict=True)))
-        size = up(self.bucket.tokens(n), HEAD_CHUNK)
+        most = rung(max(len(frames) for _, frames in rows))
+        text = rung(max(len(row.input_ids) - n * len(frames) for row, frames in rows))
+        size = up(text + n * most, HEAD_CHUNK)
         ids = np.zeros((self.batch_size, size), np.int32)
         labels = np.full((self.batch_size, size), IGNORE, np.int32)
         shape = rows[0][1].shape[1:]
-        frames = np.zeros((self.batch_size, self.bucket.frames, *shape), rows[0][1].dtype)
+        frames = np.zeros((self.batch_size, most, *shape), rows[0][1].dtype)
         length = np.ones(self.batch_size, np.int32)
         for b, (row, shown) in enumerate(rows):
             length[b] = len(row.input_ids)

@@ -239,16 +239,30 @@ def always_speak(encoded: Encoded, fmt: StreamFormat, prior: TextPrior) -> Token
     return _blind(encoded, fmt, prior, frame_argmax=prior.reply[0], frame_interval_prob=0.0)
 
 
+def copy_last(encoded: Encoded, fmt: StreamFormat, prior: TextPrior) -> TokenStats:
+    """A model that never speaks by itself, and says its last reply again when it has to; at first the prior's."""
+    return _blind(encoded, fmt, prior, frame_argmax=fmt.interval_id, frame_interval_prob=1.0, copies=True)
+
+
 def _blind(
-    encoded: Encoded, fmt: StreamFormat, prior: TextPrior, frame_argmax: int, frame_interval_prob: float
+    encoded: Encoded,
+    fmt: StreamFormat,
+    prior: TextPrior,
+    frame_argmax: int,
+    frame_interval_prob: float,
+    copies: bool = False,
 ) -> TokenStats:
     """Statistics of constants. A frame's nll is left 0: no metric reads it, and a certain mistake would be infinite."""
     is_frame = encoded.input_ids == fmt.frame_token_id
     argmax = np.where(is_frame, frame_argmax, fmt.eos_id).astype(np.int32)
     interval_prob = np.where(is_frame, frame_interval_prob, 0.0).astype(np.float32)
     nll = np.zeros(len(argmax), np.float32)
+    reply: Sequence[int] = prior.reply
     for turn in _turns(encoded, fmt):
-        argmax[turn.text] = _say(prior.reply, len(turn.text))
+        if not len(turn.text):
+            continue
+        argmax[turn.text] = _say(reply, len(turn.text))
+        reply = encoded.labels[turn.text].tolist() if copies else reply
         right = argmax[turn.text] == encoded.labels[turn.text]
         nll[turn.text] = -np.log(np.where(right, prior.hit, (1 - prior.hit) / (prior.vocabulary - 1)))
     return TokenStats(argmax, interval_prob, nll)

@@ -48,7 +48,7 @@ class Task(NamedTuple):
         """The streams of a source (default: the configuration's own), as the model takes their frames."""
         data = self.config.data.copy_and_resolve_references()
         if source:
-            data.name = source
+            data.name, data.mix = source, type(data)()
         return open_streams(data, split or self.split, self.image_size)
 
 

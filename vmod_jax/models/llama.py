@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, few, short
 from vmod_jax.models import context, kv_cache, layer_expert
 from vmod_jax.models.attention import NEVER, cache_attention, causal_attention, kept_by_remat
 from vmod_jax.models.depth import LayerSpec, Policy, Segment, kept_counts, num_kept, segments
 from vmod_jax.models.kv_cache import Cache, LayerCache
 from vmod_jax.models.layout import Layout, Slots, add_rows, by_frame, compact, compaction_slots, take_frames, take_rows
 from vmod_jax.models.placement import by_rows, on_rows
+from vmod_jax.models.values import boolean, count, number
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -104,40 +105,79 @@ class LlamaConfig:
         if missing:
             raise UserError(f"config.json lacks {', '.join(missing)}: is it a Llama config?")
         for option in ("attention_bias", "mlp_bias"):
-            if hf.get(option):
+            if boolean(hf, option, False):
                 raise UserError(f"{option}=true is not supported: bring a Llama without biases")
         if hf.get("hidden_act", "silu") != "silu":
-            raise UserError(f"hidden_act '{hf['hidden_act']}' is not supported: Llama's is silu")
-        if hf.get("use_sliding_window"):
+            raise UserError(f"hidden_act {short(hf['hidden_act'])} is not supported: Llama's is silu")
+        if boolean(hf, "use_sliding_window", False):
             raise UserError("use_sliding_window=true is not supported: bring a model whose layers see every token")
-        rope = hf.get("rope_parameters") or {}
-        heads = hf["num_attention_heads"]
+        hf = {name: value for name, value in hf.items() if value is not None or name not in _MAY_BE_NULL}
+        heads = count(hf, "num_attention_heads")
+        head_dim = count(hf, "head_dim", KINDS[kind].head_dim or count(hf, "hidden_size") // heads)
+        if head_dim % 2:
+            raise UserError(f"head_dim {head_dim} is odd: RoPE turns pairs; correct config.json")
+        theta, scaling = _rope(hf)
         return cls(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_hidden_layers=hf["num_hidden_layers"],
+            vocab_size=count(hf, "vocab_size"),
+            hidden_size=count(hf, "hidden_size"),
+            intermediate_size=count(hf, "intermediate_size"),
+            num_hidden_layers=count(hf, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or KINDS[kind].head_dim or hf["hidden_size"] // heads,
-            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling(rope or hf.get("rope_scaling") or {}),
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            num_key_value_heads=count(hf, "num_key_value_heads", heads),
+            head_dim=head_dim,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),
+            tie_word_embeddings=boolean(hf, "tie_word_embeddings", False),
+            max_position_embeddings=count(hf, "max_position_embeddings", 2048),
             qkv_bias=KINDS[kind].qkv_bias,
             qk_norm=KINDS[kind].qk_norm,
         )
 
 
-def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in ("llama3", "linear"):
-        raise UserError(f"rope scaling '{kind}' is not supported: use a checkpoint with default, linear or llama3 RoPE")
-    names = [field.name for field in dataclasses.fields(RopeScaling) if field.name in rope]
-    return RopeScaling(**{**{name: rope[name] for name in names}, "rope_type": kind})
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+# What a RoPE section holds beside its type and theta. A key that is not understood may change what is computed.
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling of a config.json, as transformers 5 has them where it names RoPE twice.
+
+    A `rope_scaling` that holds anything takes the place of all of `rope_parameters`; either one's own theta and
+    length go before the config's, but for an `original_max_position_embeddings` of the config, which goes first.
+    """
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(hf.get(name, {}), dict):
+            raise UserError(f"config.json: {name} is {short(hf[name])}, not an object; correct it")
+    rope = {**(hf.get("rope_scaling") or hf.get("rope_parameters") or {})}
+    kinds = [rope.pop(name) for name in ("rope_type", "type") if name in rope] or ["default"]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise UserError(f"config.json: its RoPE has rope_type {short(kinds[0])} and type {short(kinds[1])}; keep one")
+    if not isinstance(kinds[0], str) or kinds[0] not in _ROPE_KEYS:
+        raise UserError(
+            f"rope scaling {short(kinds[0])} is not supported: use a checkpoint with {', '.join(_ROPE_KEYS)} RoPE"
+        )
+    parts = [source.pop("partial_rotary_factor", 1) for source in (rope, {**hf})]
+    if any(part != 1 for part in parts if part is not None):
+        raise UserError("config.json: partial_rotary_factor is not supported: use a checkpoint that turns whole heads")
+    theta = float(number({"rope_theta": 10000.0, **hf, **rope}, "rope_theta"))
+    names = _ROPE_KEYS[kinds[0]]
+    if unknown := sorted(rope.keys() - {"rope_theta", *names}):
+        raise UserError(f"config.json: {few(unknown)} in its {kinds[0]} RoPE is not supported: use another checkpoint")
+    if not names:
+        return theta, None
+    length = "original_max_position_embeddings"
+    own = {length: hf.get("max_position_embeddings", 2048), **rope}
+    own[length] = hf.get(length, own[length])
+    factors: dict[str, Any] = {name: number(own, name) for name in names}
+    scaling = RopeScaling(kinds[0], **factors)
+    if scaling.rope_type == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise UserError("config.json: high_freq_factor of its RoPE must be above low_freq_factor; correct it")
+    return theta, scaling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, short
+from vmod_jax.models.values import boolean, count, number
 
 Params = dict[str, Any]
 
@@ -40,6 +41,7 @@ _HF_DEFAULTS = {
     "siglip": {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
     "clip": {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
 }
+_FILE = "vision: config.json"  # what errors name
 _HF_DEFAULTS_OF_BOTH = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -110,7 +112,11 @@ class VisionConfig:
         kind = _hf_kind(config)
         if "vision_config" in config or "vision_config_dict" in config:
             # Old CLIP files repeat the vision config; where the two differ, `vision_config_dict` is the valid one.
-            inner = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
+            inner = {}
+            for name in ("vision_config", "vision_config_dict"):
+                if not isinstance(value := config.get(name) or {}, dict):
+                    raise UserError(f"vision: {name} is {short(value)}, not an object; correct config.json")
+                inner |= value
             kind = _hf_kind(inner) or kind
             config = inner
         if config.get("model_type") in ("siglip2", "siglip2_vision_model"):
@@ -120,23 +126,25 @@ class VisionConfig:
             }
         if kind is None:
             raise UserError(
-                f"vision: model_type {config.get('model_type')!r} is not an encoder that vmod runs; "
+                f"vision: model_type {short(config.get('model_type'))} is not an encoder that vmod runs; "
                 "use a SigLIP or CLIP vision model"
             )
         if config.get("num_channels", 3) != 3:
-            raise UserError(f"vision: num_channels {config['num_channels']} is not RGB; use an encoder with 3 channels")
+            raise UserError(
+                f"vision: num_channels {short(config['num_channels'])} is not RGB; use an encoder with 3 channels"
+            )
         get = {**_HF_DEFAULTS_OF_BOTH, **_HF_DEFAULTS[kind], **config}
         return cls(
             kind=kind,
             image_size=_one_side(get["image_size"], "image_size"),
             patch_size=_one_side(get["patch_size"], "patch_size"),
-            hidden_size=get["hidden_size"],
-            intermediate_size=get["intermediate_size"],
-            num_hidden_layers=get["num_hidden_layers"],
-            num_attention_heads=get["num_attention_heads"],
-            layer_norm_eps=get["layer_norm_eps"],
-            hidden_act=get["hidden_act"],
-            head=bool(get.get("vision_use_head", True)),
+            hidden_size=count(get, "hidden_size", file=_FILE),
+            intermediate_size=count(get, "intermediate_size", file=_FILE),
+            num_hidden_layers=count(get, "num_hidden_layers", file=_FILE),
+            num_attention_heads=count(get, "num_attention_heads", file=_FILE),
+            layer_norm_eps=number(get, "layer_norm_eps", file=_FILE),
+            hidden_act=get["hidden_act"] if isinstance(get["hidden_act"], str) else short(get["hidden_act"]),
+            head=boolean(get, "vision_use_head", True, file=_FILE),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,7 +169,7 @@ def _hf_kind(config: dict[str, Any]) -> Literal["siglip", "clip"] | None:
         "clip": "clip",
         "clip_vision_model": "clip",
     }
-    return kinds.get(config.get("model_type", ""))
+    return kinds.get(str(config.get("model_type")))
 
 
 def _native_side(patches: int) -> int:
@@ -172,9 +180,9 @@ def _native_side(patches: int) -> int:
 
 
 def _one_side(value: Any, name: str) -> int:
-    sides = set(value) if isinstance(value, (list, tuple)) else {value}
+    sides = {count({name: side}, name, file=_FILE) for side in (value if isinstance(value, list | tuple) else [value])}
     if len(sides) != 1:
-        raise UserError(f"vision: {name} {value} is not square; use an encoder of square images and patches")
+        raise UserError(f"vision: {name} {short(value)} is not square; use an encoder of square images and patches")
     return sides.pop()
 
 

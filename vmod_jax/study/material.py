@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from vmod_jax import workdir as folder
 from vmod_jax.data import video
 from vmod_jax.data.conversation import Sample, encode
-from vmod_jax.data.pipeline import Videos, open_streams
+from vmod_jax.data.pipeline import open_streams
+from vmod_jax.data.streams import Videos
 from vmod_jax.errors import UserError
 from vmod_jax.lm import LanguageModel
 from vmod_jax.study.routing import Boxes, read_boxes

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vmod_jax.data.sources.table import SOURCES
 from vmod_jax.errors import UserError
 from vmod_jax.models.depth import explicit_policy, make_policy
 from vmod_jax.models.llama import LlamaConfig, LoraConfig
@@ -25,6 +26,7 @@ def defaults() -> Config:
     config: Config = ConfigDict()
     config.seed = 0  # of initialisation, dropout and the order of the data
     config.steps = 1000
+    config.epochs = 0.0  # over the training split, in place of a number of steps; 0: steps says how many
     config.init_from = ""  # a workdir or imported folder: its model and its parameters start the run
     config.batch_size = 64  # streams a step, over all devices
     config.accumulate = 1  # the batch goes through in so many parts, which saves memory; the gradient is the same
@@ -67,8 +69,11 @@ def defaults() -> Config:
     model.param_dtype = "float32"
 
     data: Config = ConfigDict()
-    data.name = "shapes"  # shapes, narration or prepared: see data/pipeline.py
-    data.root = ""  # shapes: where to generate ("": the cache); narration: the folder of videos and narrations.json
+    data.name = "shapes"  # a row of data/sources/table.py
+    data.mix = ConfigDict(dict.fromkeys(SOURCES, 0.0))  # weights of several sources, in place of one name
+    data.root = ""  # the data set's folder, or that of several; shapes: where to generate ("": the cache)
+    data.features = ""  # what `vmod data features` wrote, of the data sets of data.root; "": their videos are decoded
+    data.corrections = 0.0  # share of the streams in which a reply goes wrong, to be put right: data/correction.py
     data.world = "plain"  # shapes: a name of data/sources/shapes.py
     data.path = ""  # prepared: the folder that `vmod data` wrote
     data.train_videos = 256  # shapes only
@@ -126,7 +131,7 @@ def complete(config: Config) -> Config:
 
 
 # What a run may change when it goes on: where its data lie, and what is not trained on.
-MOVABLE = ("root", "path", "tokenizer", "val_videos", "test_videos", "eval_split", "prefetch")
+MOVABLE = ("root", "path", "features", "tokenizer", "val_videos", "test_videos", "eval_split", "prefetch")
 
 
 def check_same_run(there: dict[str, Any], config: Config) -> list[str]:

@@ -11,7 +11,7 @@ import jax
 
 from vmod_jax import workdir as folder
 from vmod_jax.data.conversation import stream_format
-from vmod_jax.data.pipeline import batches, make_buckets, open_streams
+from vmod_jax.data.pipeline import batches, make_buckets, open_streams, tokenizer_of
 from vmod_jax.errors import UserError
 from vmod_jax.models.depth import doublings_at, loosened
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, num_params
@@ -70,8 +70,12 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
     with processes.first_alone():
         streams = open_streams(config.data, "train", image_size)
         held_out = open_streams(config.data, "val", image_size) if config.eval_every else None
+    if config.epochs:
+        config.steps = max(1, round(config.epochs * len(streams.samples) / config.batch_size))
     tokenizer = (
-        config.data.tokenizer or (config.init_from and folder.tokenizer_folder(config.init_from)) or streams.tokenizer
+        config.data.tokenizer
+        or (config.init_from and folder.tokenizer_folder(config.init_from))
+        or tokenizer_of(streams)
     )
     if tokenizer is None:
         raise UserError(f"data.name='{config.data.name}' brings no tokenizer: name its folder in data.tokenizer")
@@ -126,7 +130,7 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
         seed=config.seed, rows=local_rows(mesh, config.batch_size), stream_weight=config.data.stream_weight,
         prefetch=config.data.prefetch, parts=chunks, max_frames=config.data.max_frames,
     )  # fmt: skip
-    iterator = load(streams)
+    iterator = load(streams, corrections=config.data.corrections)
 
     # --- state, new or restored ---------------------------------------------------------------------------------------
     groups = trained_groups(config.optimizer)

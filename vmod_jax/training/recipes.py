@@ -25,3 +25,14 @@ def llama3_8b(init_from: str, features: str) -> Config:
     config.model.lora = {"rank": 128, "alpha": 256.0, "dropout": 0.05}
     config.optimizer.learning_rate = 2e-4
     return config
+
+
+def paper(root: str, features: str, epochs: float, learning_rate: float) -> Config:
+    """One of the paper's four recipes: `llama3_8b` on the data sets below `root`, with the features of their videos."""
+    config = llama3_8b("imported/llama3_8b", "")
+    config.data.root, config.data.features = root, features
+    config.epochs = epochs
+    config.data.max_frames = 600
+    config.mesh.update({"data": 1, "fsdp": -1})
+    config.optimizer.learning_rate = learning_rate
+    return config

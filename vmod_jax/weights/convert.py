@@ -33,13 +33,15 @@ def import_folder(
     adapter: str | Path | None = None,
     policy: str | None = None,
     keep: float | None = None,
+    allow_nonfinite: bool = False,
     **fields: Any,
 ) -> Done:
     """Makes a workdir of a Hugging Face folder or GGUF file: model.json, tokenizer/, generation_config.json,
     checkpoints/0.
 
     vision, adapter: folders of a SigLIP or CLIP tower, of a PEFT adapter; policy, keep: recorded in model.json;
-    fields: others of VideoLMConfig. Raises UserError, leaving nothing behind, for whatever does not fit.
+    allow_nonfinite: take weights with NaN or infinity in them; fields: others of VideoLMConfig. Raises UserError,
+    leaving nothing behind, for whatever does not fit.
     """
     import jax
 
@@ -54,7 +56,7 @@ def import_folder(
     started = time.perf_counter()
     source, out = _source(source), Path(out).expanduser()
     check_absent(out)
-    opened = open_folder(source, vision and _source(vision), adapter and _source(adapter))
+    opened = open_folder(source, vision and _source(vision), adapter and _source(adapter), allow_nonfinite)
     config, layers = opened.config, opened.config.llama.num_hidden_layers
     if policy is not None or keep is not None:
         name = "interleaved" if policy is None else policy

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, short
 from vmod_jax.models.depth import make_policy
 from vmod_jax.models.llama import LlamaConfig, LoraConfig
 from vmod_jax.models.video_lm import VideoLMConfig, init_params
@@ -42,18 +42,24 @@ class Opened(NamedTuple):
     llava: dict[str, Any] | None = None
 
 
-def open_folder(path: str | Path, vision: str | Path | None = None, adapter: str | Path | None = None) -> Opened:
+def open_folder(
+    path: str | Path,
+    vision: str | Path | None = None,
+    adapter: str | Path | None = None,
+    allow_nonfinite: bool = False,
+) -> Opened:
     """A Llama's or Qwen's folder or GGUF file, a LLaVA's folder, VideoLLM-online's (frame keys in its config,
     `connector.*`), or a `vmod` export.
 
     vision: a SigLIP or CLIP folder, whose tower comes with the model; adapter: a PEFT folder, whose LoRA pairs and
-    connector come on top. Raises UserError for whatever does not fit, before any array is read.
+    connector come on top. Raises UserError for whatever does not fit, before any array is read, and, unless
+    allow_nonfinite, as soon as one with NaN or infinity in it is.
     """
     path = Path(path)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise UserError(f"{path} is a PEFT adapter: import its base model and name it there, --adapter {path}")
     if path.suffix == GGUF:
-        reader = gguf.GgufReader(path)
+        reader = gguf.GgufReader(path, allow_nonfinite)
         raw = gguf.hf_config(reader)
     else:
         if not (path / "config.json").is_file() and (files := sorted(path.glob(f"*{GGUF}"))):
@@ -61,29 +67,28 @@ def open_folder(path: str | Path, vision: str | Path | None = None, adapter: str
         raw, reader = hf.read_config(path), None
     form = None
     if raw.get("model_type") == MODEL_TYPE:
-        config, arrays = _open_vmod(path, raw)
+        config, arrays = _open_vmod(path, raw, allow_nonfinite)
     elif raw.get("model_type") in llava.KINDS:
-        config, arrays, form = llava.open_llava(path, raw)
+        config, arrays, form = llava.open_llava(path, raw, allow_nonfinite)
     else:
-        config, arrays = _open_llama(path, raw, reader)
+        config, arrays = _open_llama(reader or TensorReader(path, allow_nonfinite), raw)
     tokenizer = tokenizer_folder(path)
     if tokenizer is not None and "v_placeholder_id" not in raw and raw.get("model_type") != MODEL_TYPE:
         config = dataclasses.replace(config, frame_token_id=_frame_token_id(tokenizer))
     if adapter is not None:
-        config, arrays = _with_adapter(Path(adapter), config, arrays)
+        config, arrays = _with_adapter(Path(adapter), config, arrays, allow_nonfinite)
     if vision is not None:
-        config, arrays = _with_vision(Path(vision), config, arrays)
+        config, arrays = _with_vision(Path(vision), config, arrays, allow_nonfinite)
     stored = path / "generation_config.json"
     generation = hf.read_json_file(path, stored.name, "") if stored.is_file() else {}
     ids = {name: raw[name] for name in TOKEN_IDS if name in raw}
     return Opened(config, arrays, tokenizer, ids | generation, form)
 
 
-def _open_llama(path: Path, raw: dict[str, Any], reader: TensorReader | None) -> tuple[VideoLMConfig, Params]:
+def _open_llama(reader: TensorReader, raw: dict[str, Any]) -> tuple[VideoLMConfig, Params]:
     llama = LlamaConfig.from_hf_config(raw)
     if (window := raw.get("sliding_window")) and raw.get("model_type") == "mistral":
         log.warning("sliding_window=%d is not computed: outputs are the original's up to that many tokens", window)
-    reader = reader or TensorReader(path)
     arrays: Params = {"llama": hf.llama_arrays(reader, llama)}
     if any(name.startswith("connector.") for name in reader.names()):
         arrays["connector"] = hf.connector_arrays(reader)
@@ -103,12 +108,12 @@ def _open_llama(path: Path, raw: dict[str, Any], reader: TensorReader | None) ->
     return config, arrays
 
 
-def _open_vmod(path: Path, raw: dict[str, Any]) -> tuple[VideoLMConfig, Params]:
+def _open_vmod(path: Path, raw: dict[str, Any], allow_nonfinite: bool) -> tuple[VideoLMConfig, Params]:
     try:
         config = VideoLMConfig.from_json(json.dumps(raw["video_lm"]))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}/config.json cannot be read ({error}): it was written by another version") from None
-    reader = TensorReader(path)
+    reader = TensorReader(path, allow_nonfinite)
     arrays: Params = {"llama": hf.llama_arrays(reader, config.llama), "connector": hf.connector_arrays(reader)}
     if config.vision is not None and config.vision.kind != "patches":
         arrays["vision"] = hf.vision_arrays(reader, config.vision)
@@ -117,13 +122,15 @@ def _open_vmod(path: Path, raw: dict[str, Any]) -> tuple[VideoLMConfig, Params]:
     return config, arrays
 
 
-def _with_adapter(folder: Path, config: VideoLMConfig, arrays: Params) -> tuple[VideoLMConfig, Params]:
-    adapter = peft.open_adapter(folder, config.llama)
+def _with_adapter(
+    folder: Path, config: VideoLMConfig, arrays: Params, allow_nonfinite: bool
+) -> tuple[VideoLMConfig, Params]:
+    adapter = peft.open_adapter(folder, config.llama, allow_nonfinite)
     leaves = hf.flat(arrays)
-    for name, array in adapter.whole.items():
-        # A tied model has one matrix for both.
-        name, array = ("embed/embedding", _turned(array)) if _tied_head(name, config) else (name, array)
-        leaves[f"llama/{name}"] = array
+    whole = {f"llama/{name}": array for name, array in adapter.whole.items()}
+    if config.llama.tie_word_embeddings:
+        config, whole = _with_tied(config, leaves, whole, {f"llama/{name}" for name in adapter.saved})
+    leaves |= whole
     leaves |= {f"llama/{name}": array for name, array in hf.flat(adapter.pairs).items()}
     if adapter.connector:
         leaves |= {f"connector/{name}": array for name, array in hf.flat(adapter.connector).items()}
@@ -132,8 +139,25 @@ def _with_adapter(folder: Path, config: VideoLMConfig, arrays: Params) -> tuple[
     return dataclasses.replace(config, lora=adapter.lora, vision_hidden_size=width), arrays
 
 
-def _tied_head(name: str, config: VideoLMConfig) -> bool:
-    return name == "head/kernel" and config.llama.tie_word_embeddings
+def _with_tied(
+    config: VideoLMConfig, leaves: dict[str, Any], whole: dict[str, LazyArray], saved: set[str]
+) -> tuple[VideoLMConfig, dict[str, LazyArray]]:
+    """What an adapter brings over a base whose head is its embedding: `whole`, as PEFT loads it.
+
+    A copy of the base's own matrix takes the place of both; one that was saved as a module of its own unties them.
+    """
+    head, embedding = "llama/head/kernel", "llama/embed/embedding"
+    shared = [
+        _turned(whole[name]) if name == head else whole[name]
+        for name in (head, embedding)
+        if name in whole.keys() - saved
+    ]
+    base = (shared or [leaves[embedding]])[0]  # PEFT fills the one matrix with the embedding's, then with the head's
+    if not saved:
+        return config, {embedding: base} if shared else {}
+    llama = dataclasses.replace(config.llama, tie_word_embeddings=False)
+    both = {embedding: base, head: _turned(base)} | {name: whole[name] for name in saved}
+    return dataclasses.replace(config, llama=llama), both
 
 
 def _turned(array: LazyArray) -> LazyArray:
@@ -141,7 +165,9 @@ def _turned(array: LazyArray) -> LazyArray:
     return LazyArray(array.shape[::-1], array.dtype, (lambda: read().T,))
 
 
-def _with_vision(folder: Path, config: VideoLMConfig, arrays: Params) -> tuple[VideoLMConfig, Params]:
+def _with_vision(
+    folder: Path, config: VideoLMConfig, arrays: Params, allow_nonfinite: bool
+) -> tuple[VideoLMConfig, Params]:
     vision = VisionConfig.from_hf_config(hf.read_config(folder))
     if "connector" in arrays and vision.hidden_size != config.vision_hidden_size:
         raise UserError(
@@ -150,7 +176,7 @@ def _with_vision(folder: Path, config: VideoLMConfig, arrays: Params) -> tuple[V
         )
     check_frame_tokens(vision, config.cls, config.grid)
     config = dataclasses.replace(config, vision=vision, vision_hidden_size=vision.hidden_size)
-    return config, {**arrays, "vision": hf.vision_arrays(TensorReader(folder), vision)}
+    return config, {**arrays, "vision": hf.vision_arrays(TensorReader(folder, allow_nonfinite), vision)}
 
 
 def _feature_size(arrays: Params) -> int | None:
@@ -176,8 +202,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # tokenizers raises that very class for a file that it does not understand
+        reason = short(Exception(str(error).strip().partition("\n")[0]))
         raise UserError(f"{folder}: no tokenizer can be made of its files ({reason}); add a tokenizer.json") from None
 
 

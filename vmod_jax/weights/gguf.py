@@ -79,8 +79,8 @@ class GgufReader(TensorReader):
     does not read.
     """
 
-    def __init__(self, path: str | Path):
-        self.folder = Path(path)
+    def __init__(self, path: str | Path, allow_nonfinite: bool = False):
+        self.folder, self.allow_nonfinite = Path(path), allow_nonfinite
         file = _open(self.folder)
         self.metadata = {key: file.fields[key].contents() for key in file.fields if _is_short(key)}
         self.architecture = self.metadata.get("general.architecture")
@@ -111,7 +111,7 @@ class GgufReader(TensorReader):
                 count = min(band, rows - start)
                 raw = np.fromfile(file, np.uint8, count * tensor.row_bytes).reshape(count, tensor.row_bytes)
                 out[start : start + count] = _values(raw, tensor.kind)
-        out = out.reshape(tensor.shape)
+        out = self._checked(name, out.reshape(tensor.shape))
         return _halves(out, tensor.heads) if tensor.heads else out
 
 

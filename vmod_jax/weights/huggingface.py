@@ -5,10 +5,13 @@ are checked before a tree is read. A `kernel` is their weight transposed, and le
 layers: kernel [L, in, out].
 """
 
+import copy
 import json
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,8 +20,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, few, read_json, short
 from vmod_jax.models.vision import VisionConfig, parameter_shapes
+
+log = logging.getLogger(__name__)
 
 Params = dict[str, Any]
 
@@ -57,10 +62,7 @@ class LlamaShape(Protocol):
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); download it again") from None
+    value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; download it again")
     return value
@@ -83,18 +85,19 @@ class TensorReader:
 
     Opening reads the files' headers only, and no file stays open: a mapped file would count as memory as far as it has
     been read. Raises UserError when there are none, when a file is truncated or missing, and for a folder of pickles,
-    which can run any code when they are opened.
+    which can run any code when they are opened; and, when a tensor is read, for NaN and infinity in it, unless
+    allow_nonfinite.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, allow_nonfinite: bool = False):
+        self.folder, self.allow_nonfinite = Path(folder), allow_nonfinite
         self._tensors: dict[str, _Tensor] = {}
         for path, listed in _tensor_files(self.folder).items():
             with _open(path) as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                found = {name: _Tensor(path, tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+                found = {n: _Tensor(path, tuple(x.get_shape()), x.get_dtype(), n) for n, x in slices.items()}
             if absent := sorted((listed or set()) - found.keys()):
-                raise UserError(f"{path} lacks {', '.join(absent)}, which the index promises; download it again")
+                raise UserError(f"{path} lacks {few(absent)}, which the index promises; download it again")
             self._tensors.update(found)
 
     def names(self) -> list[str]:
@@ -117,17 +120,40 @@ class TensorReader:
 
     def get(self, name: str) -> np.ndarray:
         """The tensor, in its stored shape and dtype, as a copy of its own."""
-        return self._read(name, name)
-
-    def _read(self, name: str, stored_name: str) -> np.ndarray:
+        self.dtype(name)
         with _open(self._tensors[name].path) as file:
-            return file.get_tensor(stored_name)
+            array = file.get_tensor(self._tensors[name].stored)
+        return self._checked(name, array)
+
+    def _checked(self, name: str, array: np.ndarray) -> np.ndarray:
+        if not self.allow_nonfinite and not all_finite(array):
+            raise UserError(
+                f"{self.folder}: {name} holds NaN or infinity, which all outputs would be; download the checkpoint "
+                "again, or take it as it is with --allow-nonfinite (load(..., allow_nonfinite=True))"
+            )
+        return array
+
+    def renamed(self, new: Callable[[str], str]) -> "TensorReader":
+        """The same tensors, `name` under the name new(name)."""
+        other = copy.copy(self)
+        other._tensors = {new(name): tensor for name, tensor in self._tensors.items()}
+        return other
 
 
 class _Tensor(NamedTuple):
     path: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors writes it
+    stored: str  # its name in the file
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no value of a contiguous array of floats (bfloat16 too) is NaN or infinite; as fast as it is read."""
+    bits = array.reshape(-1).view(f"u{array.itemsize}")
+    infinity = np.array(np.inf, array.dtype).view(bits.dtype)  # NaN lies above it, but for the sign
+    positive = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
+    pieces = range(0, bits.size, 2**18)
+    return all((bits[start : start + 2**18] & positive).max() < infinity for start in pieces)
 
 
 def _open(path: Path) -> Any:  # its stubs know no methods
@@ -146,12 +172,17 @@ def _tensor_files(folder: Path) -> dict[Path, set[str] | None]:
         places = _read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise UserError(f"{index} has no weight_map; download it again")
+        wrong = [
+            f"{name}: {short(f)}" for name, f in places.items() if not isinstance(f, str) or Path(f).name != (f or None)
+        ]
+        if wrong:
+            raise UserError(f"{index} does not name a file of its folder for {few(wrong)}; download it again")
         files: dict[Path, set[str] | None] = {folder / file: set() for file in places.values()}
         for name, file in places.items():
             files[folder / file].add(name)  # pyright: ignore[reportOptionalMemberAccess]
         absent = sorted(path.name for path in files if not path.is_file())
         if absent:
-            raise UserError(f"{folder} lacks {', '.join(absent)}, which {index.name} lists; download them")
+            raise UserError(f"{folder} lacks {few(absent)}, which {index.name} lists; download them")
         return files
     files = {single: None} if single.is_file() else dict.fromkeys(sorted(folder.glob("*.safetensors")))
     if not files:
@@ -160,6 +191,10 @@ def _tensor_files(folder: Path) -> dict[Path, set[str] | None]:
                 raise UserError(refuse_pickles(folder, pattern))
         raise UserError(f"{folder} has no weights (*.safetensors); download them into it")
     return files
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and Path(value).name == value
 
 
 def refuse_pickles(folder: Path, pattern: str) -> str:
@@ -304,13 +339,13 @@ def nested(leaves: dict[str, Any]) -> Params:
 
 
 def check(reader: TensorReader, what: str, expected: dict[str, tuple[int, ...]], present: Iterable[str]) -> None:
-    """Raise one UserError that names every missing, unexpected and misshapen tensor."""
+    """Raise one UserError that names the missing, the unexpected and the misshapen tensors, a few of each."""
     missing = [name for name in expected if name not in reader]
     unexpected = [name for name in present if name not in expected and not name.endswith(_BUFFERS)]
     shapes = [(name, shape, reader.shape(name)) for name, shape in expected.items() if name in reader]
     wrong = [f"{name} (expected {shape}, found {found})" for name, shape, found in shapes if shape != found]
     faults = [
-        f"{fault}: {', '.join(names)}"
+        f"{fault}: {few(names)}"
         for fault, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
         if names
     ]
@@ -382,7 +417,7 @@ def _lazy(
     check(reader, what, {name: leaf.shape for leaf in leaves.values() for name in leaf.names}, present)
 
     def lazy(leaf: _Leaf) -> LazyArray:
-        wanted = np.dtype(dtype) if dtype is not None else np.result_type(*(reader.dtype(name) for name in leaf.names))
+        wanted = np.dtype(dtype) if dtype is not None else common_dtype([reader.dtype(name) for name in leaf.names])
         shape = leaf.convert(np.empty(leaf.shape, np.bool_)).shape  # the memory is never touched
         return LazyArray(
             (len(leaf.names), *shape) if leaf.stacked else shape,
@@ -392,6 +427,12 @@ def _lazy(
         )
 
     return nested({path: lazy(leaf) for path, leaf in leaves.items()})
+
+
+def common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
+    """The smallest dtype that holds all values of these: float32 for float16 beside bfloat16."""
+    halves = {"float16", "bfloat16"} <= {dtype.name for dtype in dtypes}  # NumPy has no dtype for the two
+    return np.result_type(*(np.float32 if halves and dtype.itemsize == 2 else dtype for dtype in dtypes))
 
 
 def _tensors(modules: dict[str, str], leaves: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
@@ -440,10 +481,12 @@ def llama_arrays(reader: TensorReader, cfg: LlamaShape, dtype: Any = None) -> Pa
 
     {"embed": {"embedding" [V, d]}, "layers": {"q": {"kernel" [L, d, heads * head_dim]}, ...}, "norm", "head"}; `head`
     is absent when tied, and `layers` has an `expert` where the files have LayerExperts (a `vmod` export). A connector
-    and a vision tower in the same files are left alone. Raises UserError naming every missing, unexpected and misshapen
-    tensor, and when a tied head is stored with other values than the embedding's.
+    and a vision tower in the same files are left alone. Where all names lack the prefix `model.` or have another one,
+    they are taken, and the log says so. Raises UserError naming missing, unexpected and misshapen tensors, and when a
+    tied head is stored with other values than the embedding's.
     """
     leaves = {path: _leaf(LLAMA_MODULES, path, shape) for path, shape in llama_shapes(cfg).items()}
+    reader = _under_usual_names(reader, [name for leaf in leaves.values() for name in leaf.names])
     if _EXPERT.format(i=0) in reader:
         names = tuple(_EXPERT.format(i=i) for i in range(cfg.num_hidden_layers))
         leaves["layers/expert/kernel"] = _Leaf(names, (1, cfg.hidden_size), True, lambda row: row.reshape(-1))
@@ -453,12 +496,32 @@ def llama_arrays(reader: TensorReader, cfg: LlamaShape, dtype: Any = None) -> Pa
     if cfg.tie_word_embeddings and "lm_head.weight" in present:
         present.remove("lm_head.weight")
         embedding = "model.embed_tokens.weight"
-        if embedding in reader and not np.array_equal(reader.get("lm_head.weight"), reader.get(embedding)):
+        same = np.array_equal if not reader.allow_nonfinite else partial(np.array_equal, equal_nan=True)
+        if embedding in reader and not same(reader.get("lm_head.weight"), reader.get(embedding)):
             raise UserError(
                 f"{reader.folder}: lm_head.weight is not {embedding} although config.json ties them; "
                 'set "tie_word_embeddings": false there'
             )
     return _lazy(reader, "Llama model", leaves, present, dtype)
+
+
+def _under_usual_names(reader: TensorReader, expected: Sequence[str]) -> TensorReader:
+    """The reader, with the `expected` names where all differ by a prefix: a decoder saved alone, or inside another."""
+    mark = "embed_tokens.weight"
+    inner = [name.removesuffix(mark) for name in reader.names() if name.endswith(mark)]
+    if len(inner) != 1 or inner[0] == "model.":
+        return reader
+    outer = inner[0].removesuffix("model.")
+    ours = {name: place for name in expected for place in (_prefixed(name, inner[0], outer),) if place in reader}
+    if len(ours) <= sum(name in reader for name in expected):
+        return reader
+    log.warning("%s: its names begin with %s where 'model.' is usual: taken so", reader.folder, short(inner[0]))
+    usual = {place: name for name, place in ours.items()}
+    return reader.renamed(lambda name: usual.get(name, name))
+
+
+def _prefixed(name: str, inner: str, outer: str) -> str:
+    return inner + name.removeprefix("model.") if name.startswith("model.") else outer + name
 
 
 def llama_params(reader: TensorReader, cfg: LlamaShape, dtype: Any = None) -> Params:
@@ -518,7 +581,7 @@ def _vision_prefix(reader: TensorReader) -> str | None:
     mark = "embeddings.patch_embedding.weight"
     prefixes = [name.removesuffix(mark) for name in reader.names() if name.endswith(mark)]
     if len(prefixes) > 1:
-        raise UserError(f"{reader.folder} has {len(prefixes)} vision towers ({', '.join(prefixes)}); keep one")
+        raise UserError(f"{reader.folder} has {len(prefixes)} vision towers ({few(prefixes)}); keep one")
     return prefixes[0] if prefixes else None
 
 

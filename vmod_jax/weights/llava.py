@@ -71,18 +71,14 @@ NEWLINE = "image_newline"
 class _Renamed(TensorReader):
     """A LLaVA's tensors under the names of our tables; prefixes: {theirs: ours}, by which a name goes back."""
 
-    def __init__(self, folder: Path):
-        super().__init__(folder)
+    def __init__(self, folder: Path, allow_nonfinite: bool):
+        super().__init__(folder, allow_nonfinite)
         stored = self._tensors
         form = _FORMS[any(name.startswith("model.") for name in stored)]
         deep = any("vision_tower.vision_model." in name for name in stored)
         towers = {their: f"{their}vision_model." for their in form if deep and form[their] == "vision_model."}
         self.prefixes = {towers.get(their, their): ours for their, ours in form.items()}
-        self._stored = {_swap(name, self.prefixes): name for name in stored}
-        self._tensors = {name: stored[theirs] for name, theirs in self._stored.items()}
-
-    def get(self, name: str) -> np.ndarray:
-        return self._read(name, self._stored[name])
+        self._tensors = {_swap(name, self.prefixes): tensor for name, tensor in stored.items()}
 
 
 def _swap(name: str, prefixes: dict[str, str]) -> str:
@@ -93,7 +89,9 @@ def _swap(name: str, prefixes: dict[str, str]) -> str:
     return name
 
 
-def open_llava(path: Path, raw: dict[str, Any]) -> tuple[VideoLMConfig, Params, dict[str, Any]]:
+def open_llava(
+    path: Path, raw: dict[str, Any], allow_nonfinite: bool = False
+) -> tuple[VideoLMConfig, Params, dict[str, Any]]:
     """A LLaVA's folder -> (config under the `full` policy, LazyArrays of our tree, what `tensors` needs to go back).
 
     raw: its config.json. Raises UserError for options that this does not compute, and naming what does not fit.
@@ -105,7 +103,7 @@ def open_llava(path: Path, raw: dict[str, Any]) -> tuple[VideoLMConfig, Params, 
     llama = LlamaConfig.from_hf_config(text_config(raw))
     vision, cls = _vision(path, raw, kind)
     side = vision.side
-    reader = _Renamed(path)
+    reader = _Renamed(path, allow_nonfinite)
     arrays: Params = {}
     if (NEWLINE in reader) != kind.newline:
         fault = "lacks" if kind.newline else "has no place for"

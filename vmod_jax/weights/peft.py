@@ -4,14 +4,16 @@ The form that VideoLLM-online is published in: LoRA on q, k, v, o, gate, up, dow
 (`modules_to_save`). A layer that an adapter leaves out gets a pair whose `lora_b` is zero: it changes nothing.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, few, short
 from vmod_jax.models.llama import LoraConfig
+from vmod_jax.models.values import boolean, count, number
 from vmod_jax.weights import huggingface as hf
 from vmod_jax.weights.huggingface import LazyArray, Params, TensorReader
 
@@ -22,21 +24,30 @@ _WHOLE = {
     "head/kernel": ("lm_head.base_layer.weight", "lm_head.weight"),
     "embed/embedding": ("model.embed_tokens.base_layer.weight", "model.embed_tokens.weight"),
 }
-# Options that change what is computed, with the values that leave plain LoRA.
+# The fields of adapter_config.json. Those that are read or say nothing about what is computed may hold anything; the
+# others hold what leaves plain LoRA (null and absent: PEFT's default), or are refused. So is a field that is not here,
+# unless it is empty: a later PEFT computes something by it.
+_READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save")
+_READ += ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_FREE = ("peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
+_FREE += ("runtime_config", "megatron_core", "eva_config")
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "use_dora": (False,),
+    # Initialisations that leave the base as it is; all others change it before the pairs are loaded.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
     "bias": ("none",),
-    "lora_bias": (False,),
-    "fan_in_fan_out": (False,),
     "rank_pattern": ({},),
     "alpha_pattern": ({},),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
+    "loftq_config": ({},),
+    "qalora_group_size": (16,),
     "target_parameters": (None, []),
-    "use_qalora": (False,),
+    **dict.fromkeys(("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "ensure_weight_tying"), (False,)),
+    **dict.fromkeys(("layer_replication", "trainable_token_indices", "alora_invocation_tokens"), (None,)),
+    **dict.fromkeys(("megatron_config", "corda_config", "lora_ga_config", "velora_config", "kasa_config"), (None,)),
+    **dict.fromkeys(("monteclora_config", "arrow_config"), (None,)),
     "use_bdlora": (None, False),
 }
+_EMPTY = (None, False, [], {}, "")
 
 
 class Adapter(NamedTuple):
@@ -44,24 +55,15 @@ class Adapter(NamedTuple):
 
     pairs: {"layers": {"q": {"lora_a" [L, in, r], "lora_b" [L, r, out]}, ...}, "head": {...}}, its modules only, float32
     connector: the whole connector or None; whole: {"head/kernel": ..., "embed/embedding": ...}, those it brings
+    saved: those of `whole` that stand beside the base's own instead of in their place (`modules_to_save`): where the
+    base ties the two, they no longer are
     """
 
     lora: LoraConfig
     pairs: Params
     connector: Params | None
     whole: dict[str, LazyArray]
-
-
-class _Renamed(TensorReader):
-    """An adapter's tensors under the names of the base model's modules."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self._tensors = {_plain_name(name): tensor for name, tensor in self._tensors.items()}
-        self._stored = {_plain_name(name): name for name in TensorReader(folder).names()}
-
-    def get(self, name: str) -> np.ndarray:
-        return self._read(name, self._stored[name])
+    saved: frozenset[str]
 
 
 def _plain_name(name: str) -> str:
@@ -70,21 +72,28 @@ def _plain_name(name: str) -> str:
     return ".".join(part for part in parts if part not in ("modules_to_save", "default"))
 
 
-def open_adapter(folder: str | Path, cfg: hf.LlamaShape) -> Adapter:
+def open_adapter(folder: str | Path, cfg: hf.LlamaShape, allow_nonfinite: bool = False) -> Adapter:
     """Reads an adapter's config and headers, and checks all names and shapes against a Llama of shape `cfg`.
 
-    Raises UserError for a folder that holds none, for kinds of adapter other than LoRA, and naming every missing,
-    unexpected and misshapen tensor.
+    Raises UserError for a folder that holds none, for kinds of adapter other than LoRA and for every option that
+    changes more than plain LoRA does, and naming missing, unexpected and misshapen tensors.
     """
     folder = Path(folder)
     config = hf.read_json_file(folder, "adapter_config.json", "is not a PEFT adapter folder")
-    for option, allowed in _PLAIN.items():
-        if (value := config.get(option, allowed[0])) not in allowed:
-            raise UserError(f"{folder}: {option}={value!r} is not supported; bring a plain LoRA adapter, or merge it")
-    rank = int(config["r"])
-    alpha = float(config["lora_alpha"]) * (rank**0.5 if config.get("use_rslora") else 1.0)
-    reader = _Renamed(folder)
+    _check_plain(folder, config)
+    file = f"{folder}/adapter_config.json"
+    rank = count(config, "r", file=file)
+    alpha = float(number(config, "lora_alpha", file=file)) * (
+        rank**0.5 if boolean(config, "use_rslora", False, file=file) else 1.0
+    )
+    dropout = float(number({"lora_dropout": 0.0} | _given(config), "lora_dropout", above=-1.0, file=file))
+    reader = TensorReader(folder, allow_nonfinite).renamed(_plain_name)
     names = reader.names()
+    targeted = _targets(folder, config)
+    if beside := [n for n in names if ".lora_" in n and not targeted(n.partition(".lora_")[0])]:
+        raise UserError(
+            f"{folder}: PEFT leaves out {few(beside)}, which target_modules does not name; correct one of them"
+        )
 
     shapes, layers = hf.llama_shapes(cfg) | {"head/kernel": (cfg.hidden_size, cfg.vocab_size)}, cfg.num_hidden_layers
     expected: dict[str, tuple[int, ...]] = {}
@@ -107,6 +116,7 @@ def open_adapter(folder: str | Path, cfg: hf.LlamaShape) -> Adapter:
         raise UserError(f"{folder} has no LoRA pair on {', '.join(hf.LINEARS)}; is it an adapter of another model?")
 
     whole: dict[str, LazyArray] = {}
+    saved: set[str] = set()
     for path, candidates in _WHOLE.items():
         for name in (name for name in candidates if name in reader):
             shape = (cfg.vocab_size, cfg.hidden_size)
@@ -114,10 +124,75 @@ def open_adapter(folder: str | Path, cfg: hf.LlamaShape) -> Adapter:
             turn = path == "head/kernel"
             read = _reading(reader, name) if turn else (lambda name=name: reader.get(name))
             whole[path] = LazyArray(shape[::-1] if turn else shape, reader.dtype(name), (read,))
+            if _is_saved(config, name.removesuffix(".weight")):
+                saved.add(path)
     connector = hf.connector_arrays(reader) if any(name.startswith("connector.") for name in names) else None
     hf.check(reader, "LoRA adapter", expected, [name for name in names if not name.startswith("connector.")])
-    lora = LoraConfig(rank=rank, alpha=alpha, dropout=float(config.get("lora_dropout", 0.0)))
-    return Adapter(lora, hf.nested(pairs), connector, whole)
+    lora = LoraConfig(rank=rank, alpha=alpha, dropout=dropout)
+    return Adapter(lora, hf.nested(pairs), connector, whole, frozenset(saved))
+
+
+def _check_plain(folder: Path, config: dict[str, Any]) -> None:
+    """Raises UserError for an adapter that computes anything but plain LoRA, as far as its config says so."""
+    unknown = config.keys() - _PLAIN.keys() - {*_READ, *_FREE}
+    for option in (*_PLAIN, *sorted(unknown)):
+        value, allowed = config.get(option), (None, *_PLAIN.get(option, _EMPTY))
+        if not any(value == one and type(value) is type(one) for one in allowed):
+            raise UserError(
+                f"{folder}: {option}={short(value)} is not supported; bring a plain LoRA adapter, or merge it"
+            )
+
+
+def _given(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def _is_saved(config: dict[str, Any], module: str) -> bool:
+    """Whether `modules_to_save` names a module of the base: by its name or the end of it."""
+    return any(module.endswith(name) for name in _names(config, "modules_to_save"))
+
+
+def _names(config: dict[str, Any], option: str) -> list[str]:
+    """A list of names, or the one that stands alone."""
+    value = config.get(option) or []
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"adapter_config.json: {option} is {short(value)}, not a list of names; correct it")
+    return value
+
+
+def _targets(folder: Path, config: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether PEFT puts a pair on a module of the base; the tensors of other pairs it drops without a word."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if not targets:
+        raise UserError(f"{folder}: adapter_config.json lacks target_modules: which layers does it belong to?")
+    ends, left_out, saved = (_names(config, o) for o in ("target_modules", "exclude_modules", "modules_to_save"))
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers or None
+    pattern = "|".join(_names(config, "layers_pattern")) or r"[^.]*"
+
+    def matches(names: list[str], module: str) -> bool:
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    def targeted(module: str) -> bool:
+        out = re.fullmatch(excluded, module) if isinstance(excluded, str) else matches(left_out, module)
+        if out or any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+            return False
+        if isinstance(targets, str):
+            whole = targets.lower() == "all-linear"
+            return module != "lm_head" if whole else bool(re.fullmatch(targets, module))
+        if not matches(ends, module) or layers is None:
+            return matches(ends, module)
+        place = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", module)
+        return bool(place) and int(place[1]) in layers
+
+    def checked(module: str) -> bool:
+        try:
+            return targeted(module)
+        except (re.error, TypeError) as error:
+            raise UserError(f"{folder}: its target_modules cannot be read ({short(error)}); correct them") from None
+
+    return checked
 
 
 def _reading(reader: TensorReader, name: str):

@@ -170,10 +170,10 @@ def test_missing_keys_are_named(tmp_path, key):
 
 def test_unusable_files_are_named(tmp_path):
     file = tmp_path / "narrations.json"
-    with pytest.raises(UserError, match=r"narrations\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"narrations\.json cannot be read"):
         narration_samples(file, {}, 2)
     file.write_text("{")
-    with pytest.raises(UserError, match="not a JSON file"):
+    with pytest.raises(UserError, match="cannot be read"):
         narration_samples(file, {}, 2)
     file.write_text("{}")
     with pytest.raises(UserError, match="'videos'"):
@@ -232,7 +232,7 @@ def test_questions_stand_where_they_are_asked(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "not a list of conversations"),
+        ("[", "cannot be read"),
         ('{"v": 1}', "not a list of conversations"),
         ('[{"video_uid": "v"}]', "not a list of conversations"),
         (json.dumps([chat("v", (1.0, "A?", "B."), (2.0, "C?", "D."))]).replace("user", "assistant"), "a question, its"),
@@ -243,3 +243,61 @@ def test_questions_that_cannot_be_read(tmp_path, content, message):
     (tmp_path / "questions.json").write_text(content)
     with pytest.raises(UserError, match=message):
         narration_samples(file, {"v": 9.0}, fps=2)
+
+
+@pytest.mark.parametrize("time", [True, float("nan"), float("inf"), 10**400, "1", None])
+def test_times_that_are_no_times(tmp_path, time):
+    with pytest.raises(UserError, match="as its 'time'") as error:
+        narration_samples(write(tmp_path, {"v": [(time, "c starts now")]}), {"v": 10.0}, 2.0)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("factor", [1000, -1])
+def test_narrations_that_cannot_be_those_of_the_video(tmp_path, factor):
+    times = [(factor * float(i), f"c takes {i}") for i in range(1, 9)]
+    file = write(tmp_path, {"v": times})
+    with pytest.raises(UserError, match=r"8 of the 8 narrations of video v lie outside its 10\.0 s"):
+        narration_samples(file, {"v": 10.0}, 2.0, allow_outside=False)
+    assert len(narration_samples(file, {"v": 10.0}, 2.0, allow_outside=True)) == 1
+
+
+def test_one_narration_of_many_may_lie_outside(tmp_path):
+    times = [(i / 20, f"c takes {i}") for i in range(199)] + [(1e308, "c leaves them")]
+    assert narration_samples(write(tmp_path, {"v": times}), {"v": 10.0}, 2.0, allow_outside=False)
+
+
+def test_a_mark_in_front_halves_of_characters_and_depth(tmp_path):
+    file = write(tmp_path, {"v": [(1.0, "c starts now")]})
+    whole = narration_samples(file, {"v": 10.0}, 2.0)
+    text = file.read_text()
+    file.write_text(text, encoding="utf-8-sig")
+    assert narration_samples(file, {"v": 10.0}, 2.0) == whole
+    for broken, message in ((text.replace("now", "\\ud800"), "as its 'text'"), ("[" * 200_000, "nested too deeply")):
+        file.write_text(broken)
+        with pytest.raises(UserError, match=message):
+            narration_samples(file, {"v": 10.0}, 2.0)
+
+
+def test_a_video_in_two_splits(tmp_path):
+    file = write(tmp_path, {"v": [(1.0, "c starts now")]})
+    (tmp_path / "splits.json").write_text('{"train": ["v", "w"], "val": ["v"]}')
+    with pytest.raises(UserError, match="v in more than one split"):
+        narration_samples(file, {"v": 10.0}, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"content": None}, "'content'"),
+        ({"time": None}, "'time'"),
+        ({"time": 1e999}, "'time'"),
+        ({"time": True}, "'time'"),
+    ],
+)
+def test_questions_of_nulls(tmp_path, change, message):
+    file = write(tmp_path, {"v": [(1.0, "c starts now")]})
+    asked = {"role": "user", "content": "what?", "time": 1.0} | change
+    turns = [asked, {"role": "assistant", "content": "that", "time": 1.0}]
+    (tmp_path / "questions.json").write_text(json.dumps([{"video_uid": "v", "conversation": turns}]))
+    with pytest.raises(UserError, match=message):
+        narration_samples(file, {"v": 10.0}, 2.0)

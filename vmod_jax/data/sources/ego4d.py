@@ -11,24 +11,45 @@ VideoLLM-online (CVPR 2024), section 3.3; file layout and edge cases are the dat
     splits.json                    instead of those, for data of one's own: {"train": [uid], "val": [], "test": []}
 """
 
-import json
 import math
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vmod_jax.data.conversation import NARRATION_INSTRUCTION, Sample
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, few, is_number, is_text, read_json, short
 
 BENCHMARKS = ("goalstep", "fho_lta", "nlq", "moments", "av", "fho_oscc-pnr", "fho_sta", "vq")
 SPLITS = ("train", "val", "test")
+FAILED = "Not sure what you are doing."
+REFINED_INSTRUCTIONS = (
+    "Please concisely narrate the video in real time.",
+    "Help me to illustrate my view in short.",
+    "Please simply describe what do you see.",
+    "Continuously answer what you observed with simple text.",
+    "Do concise real-time narration.",
+    "Hey assistant, do you know the current video content? Reply me concisely.",
+    "Simply interpret the scene for me.",
+    "What can you tell me about? Be concise.",
+    "Use simple text to explain what is shown in front of me.",
+    "What is the action now? Please response in short.",
+)
+LONGEST = 1e9  # seconds: no video is that long, and a frame's number still a number
+OUTSIDE = 0.01  # the share of a video's narrations that may lie outside it: annotators mark the end a little late
 # The camera wearer, other people, what the annotator was unsure of. Order matters: the lone # comes last.
 TAGS = ("#C", "#c", "@c", "#O", "#o", "#Unsure", "#unsure", "#")
 
 
 def narration_samples(
-    narrations_file: str | Path, durations: Mapping[str, float], fps: float, split: str = "train"
+    narrations_file: str | Path,
+    durations: Mapping[str, float],
+    fps: float,
+    split: str = "train",
+    allow_outside: bool = True,
 ) -> list[Sample]:
     """One sample for each (video, annotator) of a split.
 
@@ -42,7 +63,8 @@ def narration_samples(
     instruction and the narrations. Questions of `questions.json` beside the file stand where they are asked; the frames
     from the reply before up to there are not learned, since nobody spoke at the last of them.
 
-    Raises UserError for an unreadable file, naming the video and the key where one is missing.
+    Raises UserError for an unreadable file, naming the video and the key where one is missing, and, unless
+    allow_outside, where more than 1% of a video's narrations lie before it or a second or more behind its end.
     """
     path = Path(narrations_file)
     in_split = _split_of(path.parent)
@@ -53,9 +75,43 @@ def narration_samples(
     for video, entry in _mapping(_read(path), "videos", path).items():
         if video not in durations or in_split(video) != split:
             continue
-        for narrations in _by_annotator(video, entry, path).values():
+        by_annotator = _by_annotator(video, entry, path)
+        if not allow_outside:
+            _check_inside(path, video, [time for every in by_annotator.values() for time, _ in every], durations[video])
+        for narrations in by_annotator.values():
             samples.extend(_sample(video, narrations, questions.get(video, []), durations[video], fps))
     return samples
+
+
+def refined_samples(file: str | Path, durations: Mapping[str, float], fps: float, seed: int = 0) -> Iterator[Sample]:
+    """Narrations that were refined ("you" for the camera wearer): one sample for each (video, annotator) of the file.
+
+    file: {video: {annotator: [{"time", "text"}]}}; durations, fps: as for `narration_samples`. The instruction is one
+    of ten, drawn by (seed, video, annotator); what could not be refined (`FAILED`) is left out.
+    """
+    path = Path(file)
+    for video, annotators in _mapping(_read(path), None, path).items():
+        if video not in durations:
+            continue
+        for uid, narrations in _mapping(annotators, None, path).items():
+            entry = {"narrations": [{**one, "_annotation_uid": uid} for one in narrations]}
+            said = [(time, text) for time, text in _by_annotator(video, entry, path).get(uid, []) if text != FAILED]
+            rng = np.random.default_rng([seed, zlib.crc32(f"{video} {uid}".encode())])
+            instruction = REFINED_INSTRUCTIONS[rng.integers(len(REFINED_INSTRUCTIONS))]
+            for sample in _sample(video, said, [], durations[video], fps):
+                sample.conversation[1]["content"] = instruction
+                yield sample
+
+
+def _check_inside(path: Path, video: str, times: list[float], duration: float) -> None:
+    """Raises UserError where so many narrations lie outside their video that they cannot be its own."""
+    outside = [time for time in times if not 0 <= time < duration + 1]
+    if len(outside) > OUTSIDE * len(times):
+        raise UserError(
+            f"{path.name}: {len(outside)} of the {len(times)} narrations of video {video} lie outside its "
+            f"{duration:.1f} s ({min(times):g} s to {max(times):g} s): are their times seconds of this video? "
+            "--allow-outside takes them to its ends"
+        )
 
 
 def clean_text(text: str) -> str:
@@ -87,7 +143,7 @@ def _sample(
             break
         if text == last_text:
             continue
-        frame = min(max(math.ceil(time * fps - 1e-9), 0), end)
+        frame = min(max(math.ceil(max(min(time, LONGEST), -1.0) * fps - 1e-9), 0), end)
         if spoken and spoken[-1][0] == frame:
             spoken.pop()  # both wait for the same frame; the later one is nearer to it
         spoken.append((frame, text))
@@ -112,6 +168,24 @@ def _sample(
     return [Sample(conversation, video, start, spoken[-1][0] + 1)]
 
 
+def video_splits(folder: Path) -> dict[str, set[str]]:
+    """Split -> the videos that are narrated, of a folder of annotation files. Raises UserError where there are none."""
+    path = next(
+        (folder / name for name in ("all_narrations_redacted.json", "narrations.json") if (folder / name).exists()),
+        None,
+    )
+    if path is None:
+        raise UserError(
+            f"{folder}: no annotation file of Ego4D, COIN or Ego-Exo4D; say where they lie with --annotations"
+        )
+    in_split = _split_of(folder)
+    found: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for video in _mapping(_read(path), "videos", path):
+        if split := in_split(video):
+            found[split].add(video)
+    return found
+
+
 def _by_annotator(video: str, entry: Any, path: Path) -> dict[str, list[tuple[float, str]]]:
     """Annotator -> (time, clean text) of the narrations of two or more words, sorted by time."""
     where = f"{path.name}: video {video}"
@@ -122,10 +196,10 @@ def _by_annotator(video: str, entry: Any, path: Path) -> dict[str, list[tuple[fl
         for key, kind in (("time", int | float), ("text", str), ("_annotation_uid", str)):
             if not isinstance(narration, dict) or key not in narration:
                 raise UserError(f"{where}: narration {index} has no '{key}'")
-            if not isinstance(narration[key], kind):
-                raise UserError(f"{where}: narration {index} has {narration[key]!r} as its '{key}'")
-        if not math.isfinite(narration["time"]):
-            raise UserError(f"{where}: narration {index} has {narration['time']!r} as its 'time'")
+            if not isinstance(narration[key], kind) or (key == "text" and not is_text(narration[key])):
+                raise UserError(f"{where}: narration {index} has {short(narration[key])} as its '{key}'")
+        if not is_number(narration["time"]):
+            raise UserError(f"{where}: narration {index} has {short(narration['time'])} as its 'time'")
         text = clean_text(narration["text"])
         if len(text.split()) >= 2:
             found.setdefault(narration["_annotation_uid"], []).append((float(narration["time"]), text))
@@ -138,14 +212,23 @@ def _questions(path: Path, fps: float) -> dict[str, list[tuple[int, str, str]]]:
         return {}
     found: dict[str, list[tuple[int, str, str]]] = {}
     try:
-        for chat in json.loads(path.read_text(encoding="utf-8")):
+        for chat in _read(path):
             turns = chat["conversation"]
             for asked, answered in zip(turns[::2], turns[1::2], strict=True):
                 if (asked["role"], answered["role"]) != ("user", "assistant"):
                     raise UserError(
                         f"{path}: the turns of {chat['video_uid']} must be a question, its answer, and so on"
                     )
-                frame = math.floor(asked["time"] * fps + 1e-9)
+                for key, valid in (("time", is_number), ("content", is_text)):
+                    if not valid(asked[key]):
+                        raise UserError(
+                            f"{path}: a question of {chat['video_uid']} has {short(asked[key])} as its '{key}'"
+                        )
+                if not is_text(answered["content"]):
+                    raise UserError(
+                        f"{path}: an answer of {chat['video_uid']} has {short(answered['content'])} as its 'content'"
+                    )
+                frame = math.floor(min(asked["time"], LONGEST) * fps + 1e-9)
                 found.setdefault(chat["video_uid"], []).append((frame, asked["content"], answered["content"]))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not a list of conversations in the schema of Ego4D's live chats ({error})") from error
@@ -166,6 +249,9 @@ def _split_of(folder: Path) -> Callable[[str], str | None]:
     splits = folder / "splits.json"
     if splits.is_file():
         given = {split: _uids(uids, split, splits) for split, uids in _mapping(_read(splits), None, splits).items()}
+        every = [uid for uids in given.values() for uid in uids]
+        if twice := sorted({uid for uid in every if every.count(uid) > 1} if len(every) > len(set(every)) else ()):
+            raise UserError(f"{splits}: {few(twice)} in more than one split; keep one of them")
         return lambda video: next((split for split, uids in given.items() if video in uids), None)
     if len(missing) < len(expected):
         # A guess would put test videos into the training set.
@@ -186,17 +272,14 @@ def _video_uids(file: Path) -> set[str]:
 
 def _uids(uids: Any, split: str, file: Path) -> set[str]:
     if split not in SPLITS or not isinstance(uids, list):
-        raise UserError(f"{file}: '{split}' must be one of {', '.join(SPLITS)} and hold a list of video ids")
+        raise UserError(f"{file}: {short(split)} must be one of {', '.join(SPLITS)} and hold a list of video ids")
+    if wrong := [short(uid) for uid in uids if not isinstance(uid, str)]:
+        raise UserError(f"{file}: '{split}' holds {few(wrong)}, which are no video ids")
     return set(uids)
 
 
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path of the annotations") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
+    return read_json(path, "check the path of the annotations")
 
 
 def _mapping(data: Any, key: str | None, path: Path) -> dict[str, Any]:
