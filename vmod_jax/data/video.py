@@ -63,7 +63,7 @@ def decode(
     step = 1 / Fraction(fps).limit_denominator(100_000)
     shown: Shown | None = None
     index, end = 0, Fraction(0)
-    for time, duration, frame in _timed_frames(path, allow_partial, max_gap, note):
+    for time, duration, frame in timed_frames(path, allow_partial, max_gap, note):
         while shown is not None and index * step < time:
             yield float(index * step), letterbox(shown, size)
             index += 1
@@ -193,7 +193,7 @@ def _pixel_aspect(stream: Any) -> Fraction:
     return Fraction(stream.sample_aspect_ratio or 1)
 
 
-def _timed_frames(
+def timed_frames(
     path: str | Path, allow_partial: bool, max_gap: float, note: Callable[[str], None]
 ) -> Iterator[tuple[Fraction, Fraction, Shown]]:
     """Decoded frames with their time since the first frame, gaps left out, and how long each stays on screen."""
