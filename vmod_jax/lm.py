@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from vmod_jax import workdir
+from vmod_jax.data import stills
 from vmod_jax.data.conversation import StreamFormat, stream_format
 from vmod_jax.errors import UserError
 from vmod_jax.models import inference
@@ -19,11 +20,14 @@ from vmod_jax.models.depth import Policy, make_policy
 from vmod_jax.models.experts import adapt, learned_layers, trained_layers
 from vmod_jax.models.llama import Routed
 from vmod_jax.models.video_lm import Output, VideoLM, VideoLMConfig, check_frames
+from vmod_jax.streaming.answering import LETTERS, Answer, Answerer, Question
 from vmod_jax.streaming.engine import Programs
 from vmod_jax.streaming.session import Session
 from vmod_jax.weights.folder import complete, load_tokenizer, open_folder
 
 log = logging.getLogger(__name__)
+
+OPTIONS_PROMPT = "Answer with the option's letter from the given choices directly."
 
 
 class LanguageModel:
@@ -120,6 +124,79 @@ class LanguageModel:
         lm = self.int8 if int8 else self.merged
         return Session(lm._programs, lm.params, self.fmt, threshold, **options)
 
+    def answer(
+        self,
+        question: str,
+        images: Any = None,
+        video: Any = None,
+        options: Sequence[str] | None = None,
+        by: str | None = None,
+        **shown: Any,
+    ) -> Answer:
+        """What the model answers to a question about images or a video, offline: the whole of them is read first.
+
+        images: one or a list of paths, PIL images or u8[H, W, 3]; video: a path, or frames as `logits` takes them,
+        u8[F, S, S, 3] or f32[F, n, d_v]; neither: a question without frames. options: choices, which are put under the
+        question with letters. by: "text", a greedy reply, or "likelihood", the likeliest letter, which is the default
+        with options. shown: `frames`, at most so many of a video (32), and `span`, its (start, end) in seconds.
+        -> Answer(text, scores): the reply or the letter, and each option's log P. Raises UserError for what does not
+        fit.
+        """
+        by = by or ("likelihood" if options else "text")
+        lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options or (), strict=False)]
+        text = "\n".join([question, *lines, OPTIONS_PROMPT] if lines else [question])
+        return self.answers([self.question(text, images, video, len(options or ()), **shown)], by)[0]
+
+    def question(
+        self,
+        text: str,
+        images: Any = None,
+        video: Any = None,
+        options: int = 0,
+        frames: int = 32,
+        span: tuple[float, float] | None = None,
+    ) -> Question:
+        """A question for `answers`; its arguments as those of `answer`, but `text` is all that the user says.
+
+        Images and videos are read when their turn comes, and once where several questions are about the same files.
+        """
+        if images is not None and video is not None:
+            raise UserError("a question is about images or about a video, not both: give one of them")
+        if video is not None:
+            if not isinstance(video, str | Path):
+                return Question(text, np.asarray(video), id(video), options)
+            read = partial(self._video_frames, Path(video), frames, span)
+            return Question(text, read, (str(video), frames, span), options)
+        if images is None:
+            return Question(text, options=options)
+        several = list(images) if isinstance(images, list | tuple) else [images]
+        group = tuple(str(one) if isinstance(one, str | Path) else id(one) for one in several)
+        read = lambda: np.stack([stills.image(one, self.image_size) for one in several])  # noqa: E731
+        return Question(text, read if several else None, group or None, options)
+
+    def answers(
+        self, questions: Sequence[Question], by: str = "text", rows: int = 8, max_reply: int = 64
+    ) -> list[Answer]:
+        """The answers to many questions, `rows` of them together; see `streaming.answering`.
+
+        The frames of questions of one group are encoded and read once. by: "text" or "likelihood", as for `answer`.
+        """
+        if by not in ("text", "likelihood"):
+            raise UserError(f"answers by '{by}' are unknown: use text or likelihood")
+        key, lm = (rows, max_reply), self.merged
+        if key not in self._answerers:
+            self._answerers[key] = Answerer(lm.config, lm.params, self.fmt, rows, max_reply)
+        answerer = self._answerers[key]
+        return (answerer.by_text if by == "text" else answerer.by_likelihood)(questions)
+
+    @cached_property
+    def _answerers(self) -> dict[tuple[int, int], Answerer]:
+        return {}
+
+    def _video_frames(self, path: Path, most: int, span: tuple[float, float] | None) -> np.ndarray:
+        start, end = span or (0.0, stills.duration(path))
+        return stills.at(path, stills.spread(start, end, self.config.fps, most), self.image_size)
+
     def save(self, path: str | Path) -> None:
         """Writes a workdir that `load` and the commands open. Raises UserError where one already lies."""
         from vmod_jax.training.checkpoint import save_params
@@ -148,8 +225,8 @@ def load(
     policy, keep, gate: run the model under another depth policy than the one recorded (a name of `depth.POLICIES`, or
     one LayerSpec a layer); LayerExperts that this adds, at their initialisation, or leaves out are logged in one line.
     step: of the checkpoint (default: the last); allow_nonfinite: take a Hugging Face folder with NaN or infinity in its
-    weights; changes: other fields of VideoLMConfig.
-    Raises UserError for a path that is none of these.
+    weights; changes: other fields of VideoLMConfig, such as grid=(24, 24): the weights do not depend on how many tokens
+    a frame has. Raises UserError for a path that is none of these, and for a grid that its encoder does not give.
     """
     path = Path(path).expanduser()
     is_gguf = path.suffix == ".gguf" and path.is_file()
@@ -173,10 +250,22 @@ def load(
     if gate is not None:
         changes["gate"] = gate
     config = dataclasses.replace(config, **changes)
+    if config.grid != recorded.grid:
+        _check_grid(config)
     params, line = adapt(params, recorded, config, trained)
     if line:
         log.warning("%s: %s", path, line)
     return LanguageModel(config, params, tokenizer)
+
+
+def _check_grid(config: VideoLMConfig) -> None:
+    """Raises UserError for a frame that is finer than the encoder's patches, or not made by an encoder at all."""
+    if config.vision is None:
+        raise UserError("grid: this model takes features, whose grid was chosen when they were made; give it a tower")
+    if min(config.grid) < 1 or max(config.grid) > (side := config.vision.side):
+        raise UserError(
+            f"grid {config.grid[0]}x{config.grid[1]}: its encoder has {side} x {side} patches, give 1x1 up to that"
+        )
 
 
 def _policy(config: VideoLMConfig, policy: str | Policy | None, keep: float | None) -> Policy:

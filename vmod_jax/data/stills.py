@@ -76,3 +76,13 @@ def until(path: str | Path, fps: float, ask: float, size: int, context: float | 
 
 def _kind(source: Any) -> str:
     return f"{source.dtype}{list(source.shape)}" if hasattr(source, "shape") else type(source).__name__
+
+
+def save(path: str | Path, image: np.ndarray) -> None:
+    """Writes u8[H, W, 3] as a PNG; the same image gives the same bytes."""
+    with av.open(str(path), "w", format="image2", options={"update": "1"}) as out:
+        stream: Any = out.add_stream("png", rate=1)
+        stream.height, stream.width = image.shape[:2]
+        stream.pix_fmt = "rgb24"
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        out.mux(stream.encode(None))

@@ -194,7 +194,10 @@ def _pixel_aspect(stream: Any) -> Fraction:
 
 
 def timed_frames(
-    path: str | Path, allow_partial: bool, max_gap: float, note: Callable[[str], None]
+    path: str | Path,
+    allow_partial: bool = False,
+    max_gap: float = MAX_GAP,
+    note: Callable[[str], None] = log.warning,
 ) -> Iterator[tuple[Fraction, Fraction, Shown]]:
     """Decoded frames with their time since the first frame, gaps left out, and how long each stays on screen."""
     with _open(path, note) as (container, stream):
