@@ -37,6 +37,15 @@ def make_steps(args: argparse.Namespace) -> None:
     print(f"next: vmod data features {args.out} --image-size 24 --out FEATURES; configs/steps.py says how it goes on")
 
 
+def make_image_qa(args: argparse.Namespace) -> None:
+    """Generated pictures and questions about them, in the files of LLaVA, POPE, GQA and MME."""
+    from vmod_jax.data.sources import image_qa
+
+    made = image_qa.generate(args.out, args.train, args.test, args.seed)
+    print(f"wrote {args.out}: questions: {', '.join(f'{value} {name}' for name, value in made.items())}")
+    print(f"next: vmod train --config configs/image_qa.py --config.data.root={args.out} --workdir runs/image_qa")
+
+
 def prepare_narration(args: argparse.Namespace) -> None:
     """A folder of videos and narrations.json -> array_record: pixels, or the features of an encoder."""
     from vmod_jax.data import storage
@@ -119,6 +128,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
 
 COMMANDS = {
     "shapes": make_shapes,
+    "image-qa": make_image_qa,
     "steps": make_steps,
     "narration": prepare_narration,
     "features": write_features,
@@ -139,6 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps.add_argument("--train", type=int, default=256, help="videos")
     steps.add_argument("--test", type=int, default=32, help="videos")
     steps.add_argument("--seed", type=int, default=0)
+    image_qa = kinds.add_parser("image-qa", help=make_image_qa.__doc__)
+    image_qa.add_argument("--out", required=True, type=Path)
+    image_qa.add_argument("--train", type=int, default=4000, help="images")
+    image_qa.add_argument("--test", type=int, default=100, help="images")
+    image_qa.add_argument("--seed", type=int, default=0)
     narration = kinds.add_parser("narration", help=prepare_narration.__doc__)
     narration.add_argument("--root", required=True, help="folder of videos with narrations.json")
     narration.add_argument("--out", required=True)

@@ -75,6 +75,8 @@ def defaults() -> Config:
     data.features = ""  # what `vmod data features` wrote, of the data sets of data.root; "": their videos are decoded
     data.corrections = 0.0  # share of the streams in which a reply goes wrong, to be put right: data/correction.py
     data.world = "plain"  # shapes: a name of data/sources/shapes.py
+    data.plain = False  # llava: images and captions alone, without questions and system prompt
+    data.missing_images = "refuse"  # llava: records whose images are not there; or "skip"
     data.path = ""  # prepared: the folder that `vmod data` wrote
     data.train_videos = 256  # shapes only
     data.val_videos = 32

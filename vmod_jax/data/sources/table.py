@@ -188,6 +188,19 @@ def dialogues(data: Any, split: str, image_size: int) -> Streams:
     return _streams(frames, split, lambda split: dialogue.dialogue_samples(file, frames, data.fps, split))
 
 
+def instructions(data: Any, split: str, image_size: int) -> Streams:
+    """LLaVA's instruction data, or a file like it, with its images below the same folder (data/sources/llava.py)."""
+    from vmod_jax.data.sources.llava import Instructions
+
+    folder = folder_of(data.root, "llava")
+    names = [f"{split}.json", *(INSTRUCTIONS if split == "train" else ())]
+    file = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+    images = folder / "images" if (folder / "images").is_dir() else folder
+    records = Instructions(file, images, data.plain, data.missing_images, cache_folder())
+    return Streams(records, lambda s: records.frames(s, image_size), None, texts=lambda: sorted({*_texts(records)}))
+
+
+INSTRUCTIONS = ("llava_v1_5_mix665k.json", "blip_laion_cc_sbu_558k.json")
 NARRATIONS = "all_narrations_redacted.json"
 LIVECHAT = "goalstep_livechat_trainval_filtered_21k.json"
 DIALOGUES = ("dialogues.json", "dialogues.jsonl")
@@ -204,6 +217,7 @@ SOURCES: dict[str, Source] = {
     **{f"coin_{task}": coin_task(task) for task in coin.TASKS},
     "egoexo4d_keystep": egoexo4d_keystep,
     "dialogue": dialogues,
+    "llava": instructions,
 }
 
 

@@ -1,0 +1,165 @@
+"""Rows of the table of benchmarks that ask questions: about images, videos and streams.
+
+Every row reports `official`, what the public scorer makes of the responses, its defects included (each family's file
+names them), and `strict`, all annotated questions in the denominator and nothing taken for an answer that is none.
+
+The command's options: frames (of a video, at most), context (seconds of a stream before its question; all of it by
+default), by ("text" or "likelihood", where options are asked for), grid (of a frame), missing ("refuse" or "skip" what
+is not there: then it is scored wrong), judge and judge_model (of open answers; `judge.py`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from vmod_jax.data import stills
+from vmod_jax.data.sources.table import folder_of
+from vmod_jax.errors import UserError
+from vmod_jax.evaluation import (
+    egoschema,
+    gqa,
+    mme,
+    mvbench,
+    ovobench,
+    pope,
+    scienceqa,
+    streamingbench,
+    textvqa,
+    videomme,
+    videoqa,
+)
+from vmod_jax.evaluation.documents import Document, Responses, write_llava
+from vmod_jax.evaluation.table import Benchmark, Respond, Task
+from vmod_jax.streaming.answering import Question
+
+SHORT, LONG = 16, 64  # new tokens of a letter, a yes or a count; of an open answer
+FRAMES = 64  # of a video, at most
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def image_question(task: Task, document: Document) -> Question:
+    """The images in order, a frame each; a question without one is asked without frames."""
+    return task.lm.question(document.prompt, list(document.images) or None, options=len(document.options))
+
+
+def video_question(task: Task, document: Document) -> Question:
+    """Frames spread over the whole video, or its span."""
+    options = {"options": len(document.options), "frames": task.options.get("frames") or FRAMES, "span": document.span}
+    return task.lm.question(document.prompt, video=document.video, **options)
+
+
+def stream_question(task: Task, document: Document) -> Question:
+    """Every frame from the start, or of the last `context` seconds, up to the question's time: nothing after it."""
+    fps, context = task.lm.config.fps, task.options.get("context")
+
+    def frames() -> np.ndarray:
+        return np.stack(list(stills.until(document.video, fps, document.ask, task.lm.image_size, context)))
+
+    key = (str(document.video), document.ask, context)
+    return Question(document.prompt, frames, key, len(document.options))
+
+
+def respond(ask: Callable[[Task, Document], Question], limit: int) -> Callable[[Task], Respond]:
+    """Greedy replies of at most `limit` tokens, or the likeliest option's letter where the command says so."""
+
+    def start(task: Task) -> Respond:
+        by = task.options.get("by") or "text"
+
+        def batch(documents: Sequence[Document]) -> Sequence[str | None]:
+            there = [one for one in documents if not lacking(one)]
+            asked = {one.id: ask(task, one) for one in there}
+            said: dict[str, str] = {}
+            for way in ("text", "likelihood"):
+                own = [one for one in there if (by if one.options else "text") == way]
+                answers = task.lm.answers([asked[one.id] for one in own], way, max_reply=limit) if own else []
+                said |= {one.id: answer.text for one, answer in zip(own, answers, strict=True)}
+            return [said.get(one.id) for one in documents]
+
+        return batch
+
+    return start
+
+
+def lacking(document: Document) -> list[Path]:
+    """What a document shows that is not there."""
+    shown = [*document.images, *([document.video] if document.video else [])]
+    return [path for path in shown if not path.exists()]
+
+
+def checked(documents: list[Document], task: Task) -> list[Document]:
+    """The documents, whose images and videos are there. Raises UserError otherwise, unless they are to be skipped."""
+    missing = [(one, paths[0]) for one in documents if (paths := lacking(one))]
+    if missing and task.options.get("missing", "refuse") != "skip":
+        raise UserError(
+            f"{missing[0][1]} is not there, nor is what {len(missing)} of {len(documents)} questions show; "
+            "--missing skip scores those wrong"
+        )
+    return documents
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def row(
+    name: str,
+    family: Any,
+    ask: Callable[[Task, Document], Question],
+    limit: int,
+    read: Callable[[Path], list[Document]] | None = None,
+    scores: Mapping[str, Any] | None = None,
+    write: Callable[[Sequence[Document], Responses, Path], None] | None = None,
+) -> Benchmark:
+    """A row of one family's file: its documents, scorers and constants, and how its questions are shown."""
+    return Benchmark(
+        lambda task: checked((read or family.documents)(folder_of(task.config.data.root, name)), task),
+        respond(ask, limit),
+        scores or {"official": family.official, "strict": family.strict},
+        lambda task, documents: family.constants(documents),
+        write,
+        split="test",
+        batch=32,
+    )
+
+
+def answers_file(name: str, write: Callable[..., None]) -> Callable[[Sequence[Document], Responses, Path], None]:
+    """The results file that the public scorer reads, beside the scores."""
+    return lambda documents, responses, folder: write(folder / name, documents, responses)
+
+
+def image_row(name: str, family: ModuleType, limit: int = SHORT) -> Benchmark:
+    return row(name, family, image_question, limit, write=answers_file(f"{name}_answers.jsonl", write_llava))
+
+
+def video_row(name: str, family: ModuleType, limit: int, ending: str = "json") -> Benchmark:
+    return row(name, family, video_question, limit, write=answers_file(f"{name}_results.{ending}", family.write))
+
+
+def streaming_row(part: str) -> Benchmark:
+    """A part of StreamingBench whose questions have options."""
+    scores = {"official": partial(streamingbench.official, part=part), "strict": streamingbench.strict}
+    read = partial(streamingbench.documents, part=part)
+    return row("streamingbench", streamingbench, stream_question, SHORT, read, scores)
+
+
+QUESTIONS: dict[str, Benchmark] = {
+    "gqa": image_row("gqa", gqa),
+    "mme": image_row("mme", mme),
+    "pope": image_row("pope", pope),
+    "scienceqa": image_row("scienceqa", scienceqa),
+    "textvqa": image_row("textvqa", textvqa, LONG),
+    "msvd": video_row("msvd", videoqa, LONG, "jsonl"),
+    "msrvtt": video_row("msrvtt", videoqa, LONG, "jsonl"),
+    "activitynet": video_row("activitynet", videoqa, LONG, "jsonl"),
+    "videomme": video_row("videomme", videomme, SHORT),
+    "mvbench": video_row("mvbench", mvbench, SHORT),
+    "egoschema": video_row("egoschema", egoschema, SHORT),
+    "ovobench": row("ovobench", ovobench, stream_question, SHORT),
+    "streamingbench": streaming_row("real"),
+    "streamingbench_sqa": streaming_row("sqa"),
+}
