@@ -14,6 +14,8 @@ import numpy as np
 from vmod_jax.data import video
 from vmod_jax.errors import UserError
 
+FOLDER_FPS = 3  # of videos that are folders of images, as some of MVBench's are
+
 
 def image(source: Any, size: int) -> np.ndarray:
     """An image as a model sees it. source: a path, a PIL image, or u8[H, W, 3]; -> u8[size, size, 3].
@@ -43,8 +45,12 @@ def spread(start: float, end: float, fps: float, most: int) -> list[float]:
 def at(path: str | Path, times: Sequence[float], size: int) -> np.ndarray:
     """What is on screen at each of these times (ascending, seconds since the first frame): u8[len(times), S, S, 3].
 
-    Nothing after the last of them is looked at. A time beyond the end shows the last frame.
+    Nothing after the last of them is looked at. A time beyond the end shows the last frame. A folder of images is a
+    video of `FOLDER_FPS` of them a second.
     """
+    if Path(path).is_dir():
+        files = _files(path)
+        return np.stack([image(files[min(int(time * FOLDER_FPS), len(files) - 1)], size) for time in times])
     found: list[np.ndarray] = []
     shown = None
     for time, _, frame in video.timed_frames(path, allow_partial=False):
@@ -60,6 +66,8 @@ def at(path: str | Path, times: Sequence[float], size: int) -> np.ndarray:
 
 def duration(path: str | Path) -> float:
     """Seconds, as the file says or, where it does not, as its frames show."""
+    if Path(path).is_dir():
+        return len(_files(path)) / FOLDER_FPS
     if (said := video.probe(path).duration) is not None:
         return said
     return float(max(time + length for time, length, _ in video.timed_frames(path, allow_partial=False)))
@@ -72,6 +80,13 @@ def until(path: str | Path, fps: float, ask: float, size: int, context: float | 
             return
         if context is None or time > ask - context - 1e-9:
             yield frame
+
+
+def _files(folder: str | Path) -> list[Path]:
+    files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not files:
+        raise UserError(f"{folder}: a folder without images")
+    return files
 
 
 def _kind(source: Any) -> str:

@@ -17,14 +17,16 @@ from vmod_jax import workdir as folder
 from vmod_jax.errors import UserError
 from vmod_jax.evaluation.documents import Document, Responses
 from vmod_jax.evaluation.intervals import intervals
+from vmod_jax.evaluation.judge import judged
 from vmod_jax.evaluation.narration import NARRATION
 from vmod_jax.evaluation.predictions import fingerprint, predict
+from vmod_jax.evaluation.question_benchmarks import QUESTIONS
 from vmod_jax.evaluation.step_benchmarks import STEPS
 from vmod_jax.evaluation.table import Benchmark, Score, Task
 from vmod_jax.lm import load
 from vmod_jax.training import config as configuration
 
-BENCHMARKS: dict[str, Benchmark] = {"narration": NARRATION, **STEPS}
+BENCHMARKS: dict[str, Benchmark] = {"narration": NARRATION, **STEPS, **QUESTIONS}
 
 
 def evaluate(
@@ -60,7 +62,8 @@ def evaluate(
     began = time.perf_counter()
 
     # --- documents ----------------------------------------------------------------------------------------------------
-    task = Task(load(workdir, step=step), config, str(split or row.split or config.data.eval_split), threshold, options)
+    lm = load(workdir, step=step, **{name: options[name] for name in ("grid",) if options.get(name)})
+    task = Task(lm, config, str(split or row.split or config.data.eval_split), threshold, options)
     documents = _first_groups(row.documents(task), limit)
     if not documents:
         raise UserError(
@@ -90,6 +93,9 @@ def evaluate(
         "threshold": threshold,
         **({} if limit is None else {"limit": limit}),
     }
+    if options.get("judge"):
+        kept = out.with_name(f"{benchmark}.judge.jsonl")
+        result["judge"] = judged(options["judge"], options.get("judge_model"), documents, responses, kept)
     if row.write:
         row.write(documents, responses, out.parent)
     out.write_text(json.dumps(result, indent=1) + "\n")

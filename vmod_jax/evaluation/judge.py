@@ -152,3 +152,14 @@ def judge_all(judge: Judge, documents: Sequence[Document], responses: Responses,
                 file.flush()
             verdicts[one.id] = verdict or Verdict(False, 0.0, False)
     return verdicts
+
+
+def judged(
+    url: str, model: str | None, documents: Sequence[Document], responses: Responses, kept: Path
+) -> dict[str, Any]:
+    """{model, official, strict}: what a judge says of open answers. Raises UserError without a model."""
+    if not model:
+        raise UserError("--judge needs --judge-model, the name of the model behind that endpoint")
+    verdicts = judge_all(Judge(url, model), documents, responses, kept)
+    replies = [row["reply"] for row in read_lines(kept) if row["judge"] == model] if kept.is_file() else []
+    return {"model": model, "official": official_scores(replies), "strict": strict_scores(list(verdicts.values()))}

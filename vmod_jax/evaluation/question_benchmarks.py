@@ -114,13 +114,14 @@ def row(
     read: Callable[[Path], list[Document]] | None = None,
     scores: Mapping[str, Any] | None = None,
     write: Callable[[Sequence[Document], Responses, Path], None] | None = None,
+    constants: Callable[[Task, Sequence[Document]], Mapping[str, Responses]] | None = None,
 ) -> Benchmark:
     """A row of one family's file: its documents, scorers and constants, and how its questions are shown."""
     return Benchmark(
         lambda task: checked((read or family.documents)(folder_of(task.config.data.root, name)), task),
         respond(ask, limit),
         scores or {"official": family.official, "strict": family.strict},
-        lambda task, documents: family.constants(documents),
+        constants or (lambda task, documents: family.constants(documents)),
         write,
         split="test",
         batch=32,
@@ -136,8 +137,20 @@ def image_row(name: str, family: ModuleType, limit: int = SHORT) -> Benchmark:
     return row(name, family, image_question, limit, write=answers_file(f"{name}_answers.jsonl", write_llava))
 
 
-def video_row(name: str, family: ModuleType, limit: int, ending: str = "json") -> Benchmark:
-    return row(name, family, video_question, limit, write=answers_file(f"{name}_results.{ending}", family.write))
+def open_row(name: str) -> Benchmark:
+    """Open answers about videos, beside the most frequent answer of the training split where its files are there."""
+
+    def constants(task: Task, documents: Sequence[Document]) -> Mapping[str, Responses]:
+        folder = folder_of(task.config.data.root, name)
+        there = (folder / "train_q.json").is_file() or (folder / "train_qa.json").is_file()
+        return videoqa.constants(documents, videoqa.documents(folder, "train") if there else ())
+
+    write = answers_file(f"{name}_results.jsonl", videoqa.write)
+    return row(name, videoqa, video_question, LONG, write=write, constants=constants)
+
+
+def video_row(name: str, family: ModuleType) -> Benchmark:
+    return row(name, family, video_question, SHORT, write=answers_file(f"{name}_results.json", family.write))
 
 
 def streaming_row(part: str) -> Benchmark:
@@ -147,19 +160,62 @@ def streaming_row(part: str) -> Benchmark:
     return row("streamingbench", streamingbench, stream_question, SHORT, read, scores)
 
 
+# --- output that nobody asks for in time ------------------------------------------------------------------------------
+
+
+def watch(task: Task) -> Respond:
+    """A stream to the end of its record, into which the request comes at its time.
+
+    A response is {answered: second or False, dialog_history}; the answer is the first reply that nobody asked for, at
+    the frame after which it was said. (The public script asks every second whether it is time yet, and stops asking 4 s
+    after the truth: what is watched here does not depend on it.)
+    """
+    lm, fps = task.lm, task.lm.config.fps
+
+    def one(document: Document) -> dict[str, Any] | None:
+        if lacking(document):
+            return None
+        end, ask = streamingbench.end(document), document.ask or 0.0
+        session = lm.stream(task.threshold, max_frames=max(64, int(end * fps) + 2), max_reply=LONG)
+        session.ask(document.prompt, ask)
+        answered: float | bool = False
+        for frame in stills.until(document.video, fps, end, lm.image_size):
+            before = len(session.turns)
+            session.push(frame)
+            told = session.turns[before:]
+            if told and told[0].role == "assistant" and session.frames > ask * fps + 1:
+                answered = told[0].time
+                break
+        history = [{"role": turn.role, "content": turn.text, "time": turn.time} for turn in session.turns]
+        return {"answered": answered, "dialog_history": history}
+
+    return lambda documents: [one(document) for document in documents]
+
+
+PROACTIVE = Benchmark(
+    lambda task: checked(
+        streamingbench.documents(folder_of(task.config.data.root, "streamingbench"), "proactive"), task
+    ),
+    watch,
+    {"official": streamingbench.proactive_official, "strict": streamingbench.proactive_strict},
+    lambda task, documents: streamingbench.proactive_constants(documents),
+    split="test",
+)
+
 QUESTIONS: dict[str, Benchmark] = {
     "gqa": image_row("gqa", gqa),
     "mme": image_row("mme", mme),
     "pope": image_row("pope", pope),
     "scienceqa": image_row("scienceqa", scienceqa),
     "textvqa": image_row("textvqa", textvqa, LONG),
-    "msvd": video_row("msvd", videoqa, LONG, "jsonl"),
-    "msrvtt": video_row("msrvtt", videoqa, LONG, "jsonl"),
-    "activitynet": video_row("activitynet", videoqa, LONG, "jsonl"),
-    "videomme": video_row("videomme", videomme, SHORT),
-    "mvbench": video_row("mvbench", mvbench, SHORT),
-    "egoschema": video_row("egoschema", egoschema, SHORT),
+    "msvd": open_row("msvd"),
+    "msrvtt": open_row("msrvtt"),
+    "activitynet": open_row("activitynet"),
+    "videomme": video_row("videomme", videomme),
+    "mvbench": video_row("mvbench", mvbench),
+    "egoschema": video_row("egoschema", egoschema),
     "ovobench": row("ovobench", ovobench, stream_question, SHORT),
     "streamingbench": streaming_row("real"),
     "streamingbench_sqa": streaming_row("sqa"),
+    "streamingbench_proactive": PROACTIVE,
 }

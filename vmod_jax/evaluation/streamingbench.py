@@ -9,6 +9,7 @@ A response is stored in its question, under the model's name. (The omni question
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,31 @@ def best_constant_delay(documents: Sequence[Document]) -> dict[str, float]:
     }
     delay = max(shares, key=lambda delay: (shares[delay], -delay))
     return {"delay": delay, "time_accuracy": shares[delay]}
+
+
+def end(document: Document) -> float:
+    """Seconds at which the record of a question ends: of its `time`, "[0:00:00 - 0:00:30]"; without, its last answer."""
+    stamps = re.findall(r"\d+:\d+:\d+", document.extra["time"])
+    return seconds(stamps[-1]) if stamps else seconds(document.extra["ground_truth_time_stamp"]) + 4
+
+
+def always_after(documents: Sequence[Document], delay: float) -> Responses:
+    """The right output, always so many seconds after the question: only its time can be wrong."""
+    return {
+        one.id: {
+            "answered": (one.ask or 0) + delay,
+            "dialog_history": [{"role": "assistant", "content": one.gold, "time": (one.ask or 0) + delay}],
+        }
+        for one in documents
+    }
+
+
+def proactive_constants(documents: Sequence[Document]) -> dict[str, Responses]:
+    """Silence, and the right output at once and at the best fixed time after its question."""
+    best = best_constant_delay(documents)["delay"]
+    silent = {"answered": False, "dialog_history": []}
+    delays = {f"oracle: after {delay:g} s": always_after(documents, delay) for delay in sorted({0, best})}
+    return {"silent": constant(documents, silent), **delays}
 
 
 def _last(response: dict) -> dict:
