@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import string
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,13 +21,14 @@ from vmod_jax.models.depth import Policy, make_policy
 from vmod_jax.models.experts import adapt, learned_layers, trained_layers
 from vmod_jax.models.llama import Routed
 from vmod_jax.models.video_lm import Output, VideoLM, VideoLMConfig, check_frames
-from vmod_jax.streaming.answering import LETTERS, Answer, Answerer, Question
+from vmod_jax.streaming.answering import Answer, Answerer, Question
 from vmod_jax.streaming.engine import Programs
 from vmod_jax.streaming.session import Session
 from vmod_jax.weights.folder import complete, load_tokenizer, open_folder
 
 log = logging.getLogger(__name__)
 
+LETTERS = string.ascii_uppercase
 OPTIONS_PROMPT = "Answer with the option's letter from the given choices directly."
 
 
@@ -143,20 +145,25 @@ class LanguageModel:
         fit.
         """
         by = by or ("likelihood" if options else "text")
-        lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options or (), strict=False)]
+        if options and not 2 <= len(options) <= len(LETTERS):
+            raise UserError(f"{len(options)} options: give 2 to {len(LETTERS)}, or none")
+        letters = tuple(LETTERS[: len(options or ())])
+        lines = [f"{letter}. {option}" for letter, option in zip(letters, options or (), strict=True)]
         text = "\n".join([question, *lines, OPTIONS_PROMPT] if lines else [question])
-        return self.answers([self.question(text, images, video, len(options or ()), **shown)], by)[0]
+        return self.answers([self.question(text, images, video, letters, **shown)], by)[0]
 
     def question(
         self,
         text: str,
         images: Any = None,
         video: Any = None,
-        options: int = 0,
+        options: Sequence[str] = (),
         frames: int = 32,
         span: tuple[float, float] | None = None,
+        begin: str = "",
     ) -> Question:
-        """A question for `answers`; its arguments as those of `answer`, but `text` is all that the user says.
+        """A question for `answers`; arguments as `answer` has them, but `text` is all that the user says, and `options`
+        are whole replies, such as letters. begin: what the reply begins with.
 
         Images and videos are read when their turn comes, and once where several questions are about the same files.
         """
@@ -164,15 +171,15 @@ class LanguageModel:
             raise UserError("a question is about images or about a video, not both: give one of them")
         if video is not None:
             if not isinstance(video, str | Path):
-                return Question(text, np.asarray(video), id(video), options)
+                return Question(text, np.asarray(video), id(video), tuple(options), begin)
             read = partial(self._video_frames, Path(video), frames, span)
-            return Question(text, read, (str(video), frames, span), options)
+            return Question(text, read, (str(video), frames, span), tuple(options), begin)
         if images is None:
-            return Question(text, options=options)
+            return Question(text, None, None, tuple(options), begin)
         several = list(images) if isinstance(images, list | tuple) else [images]
         group = tuple(str(one) if isinstance(one, str | Path) else id(one) for one in several)
         read = lambda: np.stack([stills.image(one, self.image_size) for one in several])  # noqa: E731
-        return Question(text, read if several else None, group or None, options)
+        return Question(text, read if several else None, group or None, tuple(options), begin)
 
     def answers(
         self, questions: Sequence[Question], by: str = "text", rows: int = 8, max_reply: int = 64

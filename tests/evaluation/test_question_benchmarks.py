@@ -75,7 +75,8 @@ def open_videos(root):
 
 def videomme(root):
     row = {"video_id": "1", "duration": "short", "domain": "d", "sub_category": "s", "videoID": "y"} | {
-        "question_id": "1-1", "task_type": "t", "question": "Q?", "options": ["A. x", "B. y", "C. z", "D. w"], "answer": "B"
+        "question_id": "1-1", "task_type": "t", "question": "Q?", "answer": "B",
+        "options": ["A. x", "B. y", "C. z", "D. w"],
     }  # fmt: skip
     write(root / "annotations.json", [row, row | {"question_id": "1-2"}])
     clip(root / "data" / "y.mp4")

@@ -62,7 +62,8 @@ def logits_of(lm, ids, frames, room=256, most=4):
 def prompt_of(lm, question):
     fmt, frames = lm.fmt, question.frames
     shown = "" if frames is None else fmt.open_stream + fmt.frames(len(frames)) + fmt.close_stream
-    return fmt.opening() + shown + fmt.user_text(question.text) + fmt.assistant_prefix
+    begin = f" {question.begin}" if question.begin else ""
+    return fmt.opening() + shown + fmt.user_text(question.text) + fmt.assistant_prefix + begin
 
 
 def by_hand(lm, question, limit=6):
@@ -79,8 +80,8 @@ def by_hand(lm, question, limit=6):
 
 def options_by_hand(lm, question):
     fmt, prompt, scores = lm.fmt, prompt_of(lm, question), []
-    for letter in "ABCDEFG"[: question.options]:
-        ids = fmt.tokenize(f"{prompt} {letter}{fmt.tokenizer.eos_token}")
+    for option in question.options:
+        ids = fmt.tokenize(f"{prompt} {option}{fmt.tokenizer.eos_token}")
         logits = logits_of(lm, ids, question.frames)
         top = logits.max(-1, keepdims=True)
         log_p = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
@@ -96,7 +97,7 @@ def test_together_and_by_hand(lm, answerer):
         Question(TEXTS[1], two, "two"),
         Question(TEXTS[2], two, "two"),
         Question(TEXTS[3]),
-        Question(TEXTS[3], one, "one"),
+        Question(TEXTS[3], one, "one", begin="yes"),
     ]
     together = [answer.text for answer in answerer.by_text(questions)]
     assert together == [by_hand(lm, question) for question in questions]
@@ -118,14 +119,18 @@ def test_a_stream_says_the_same(lm, answerer):
 
 def test_likelihood_is_that_of_the_whole_reply(lm, answerer):
     one, two = draw(lm, [4, 3], seed=1)
-    questions = [Question(TEXTS[0], one, "1", 2), Question(TEXTS[1], one, "1", 5), Question(TEXTS[2], two, "2", 3)]
+    questions = [
+        Question(TEXTS[0], one, "1", ("A", "B")),
+        Question(TEXTS[1], one, "1", tuple("ABCDE")),
+        Question(TEXTS[2], two, "2", ("C", "yes no", "B")),
+    ]
     answers = answerer.by_likelihood(questions)
     for question, answer in zip(questions, answers, strict=True):
         np.testing.assert_allclose(answer.scores, options_by_hand(lm, question), atol=1e-4)
-        assert len(answer.scores) == question.options
-        assert answer.text == "ABCDE"[int(np.argmax(answer.scores))]
-    with pytest.raises(UserError, match="a question of 1 options"):
-        answerer.by_likelihood([Question("?", one, options=1)])
+        assert len(answer.scores) == len(question.options)
+        assert answer.text == question.options[int(np.argmax(answer.scores))]
+    with pytest.raises(UserError, match="a question without options"):
+        answerer.by_likelihood([Question("?", one)])
 
 
 def test_frames_of_a_group_are_read_once_and_few_shapes_are_compiled(lm):

@@ -25,6 +25,7 @@ from vmod_jax.evaluation import (
     mme,
     mvbench,
     ovobench,
+    parsers,
     pope,
     scienceqa,
     streamingbench,
@@ -43,14 +44,19 @@ FRAMES = 64  # of a video, at most
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
+def letters(document: Document) -> tuple[str, ...]:
+    """The letters of its options."""
+    return tuple(parsers.LETTERS[: len(document.options)])
+
+
 def image_question(task: Task, document: Document) -> Question:
     """The images in order, a frame each; a question without one is asked without frames."""
-    return task.lm.question(document.prompt, list(document.images) or None, options=len(document.options))
+    return task.lm.question(document.prompt, list(document.images) or None, options=letters(document))
 
 
 def video_question(task: Task, document: Document) -> Question:
     """Frames spread over the whole video, or its span."""
-    options = {"options": len(document.options), "frames": task.options.get("frames") or FRAMES, "span": document.span}
+    options = {"options": letters(document), "frames": task.options.get("frames") or FRAMES, "span": document.span}
     return task.lm.question(document.prompt, video=document.video, **options)
 
 
@@ -62,7 +68,7 @@ def stream_question(task: Task, document: Document) -> Question:
         return np.stack(list(stills.until(document.video, fps, document.ask, task.lm.image_size, context)))
 
     key = (str(document.video), document.ask, context)
-    return Question(document.prompt, frames, key, len(document.options))
+    return Question(document.prompt, frames, key, letters(document))
 
 
 def respond(ask: Callable[[Task, Document], Question], limit: int) -> Callable[[Task], Respond]:

@@ -173,7 +173,7 @@ def best_constant_delay(documents: Sequence[Document]) -> dict[str, float]:
 
 
 def end(document: Document) -> float:
-    """Seconds at which the record of a question ends: of its `time`, "[0:00:00 - 0:00:30]"; without, its last answer."""
+    """Seconds at which the record of a question ends, as its `time` says: "[0:00:00 - 0:00:30]"."""
     stamps = re.findall(r"\d+:\d+:\d+", document.extra["time"])
     return seconds(stamps[-1]) if stamps else seconds(document.extra["ground_truth_time_stamp"]) + 4
 

@@ -25,24 +25,24 @@ from vmod_jax.models.kv_cache import Cache
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, check_frames, make_cache
 
 PIECE = 32  # frames that are read at a time
-REPLY = 16  # text tokens that options have room for
 TEXT = 32  # text is padded to a multiple, or to a power of two above it
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class Question(NamedTuple):
     """text: the user's whole message; frames: u8[F, S, S, 3] pixels or f32[F, n, d_v] features, or a function that
     reads them when their turn comes, or None; group: questions of equal groups show the same frames, None: its own;
-    options: how many options it names by letters, for `by_likelihood`."""
+    options: whole replies, of which `by_likelihood` takes one; begin: what the reply begins with, not said again.
+    """
 
     text: str
     frames: np.ndarray | Callable[[], np.ndarray] | None = None
     group: Hashable = None
-    options: int = 0
+    options: tuple[str, ...] = ()
+    begin: str = ""
 
 
 class Answer(NamedTuple):
-    """text: what is said, or the likeliest letter; scores: log P of each option's letter, none where not asked for."""
+    """text: what is said, or the likeliest option; scores: log P of each option, none where not asked for."""
 
     text: str
     scores: tuple[float, ...] = ()
@@ -79,13 +79,10 @@ class Answerer:
         return self._answer(questions, self._texts)
 
     def by_likelihood(self, questions: Sequence[Question]) -> list[Answer]:
-        """The letter whose tokens and eos are likeliest as the reply; of equally likely ones the first."""
-        for question in questions:
-            if not 2 <= question.options <= len(LETTERS):
-                raise UserError(
-                    f"a question of {question.options} options: by likelihood 2 to {len(LETTERS)} are needed"
-                )
-        return self._answer(questions, self._letters)
+        """The option whose tokens and eos are likeliest as the reply; of equally likely ones the first."""
+        if not all(question.options for question in questions):
+            raise UserError("a question without options: by likelihood one of them is taken, name some")
+        return self._answer(questions, self._options)
 
     # --- groups -------------------------------------------------------------------------------------------------------
 
@@ -108,10 +105,11 @@ class Answerer:
         """Reads each group's frames, then answers its questions `rows` at a time."""
         shown = [self._frames(questions[members[0]]) for members in groups]
         order = [(row, i) for row, members in enumerate(groups) for i in members]
-        suffixes = {i: self._suffix(questions[i].text, len(shown[row])) for row, i in order}
+        suffixes = {i: self._suffix(questions[i], len(shown[row])) for row, i in order}
         longest = max(len(self.fmt.tokenize(text)) for text in suffixes.values())
         size = self._size = max(self._size, padded(longest))  # it only grows: few compiles serve a whole benchmark
-        cache = self._read_all(shown, size + max(self.limit, REPLY))
+        told = [len(self.fmt.tokenize(option)) for i in suffixes for option in questions[i].options]
+        cache = self._read_all(shown, size + padded(max([self.limit, *told])))
         found = {}
         for start in range(0, len(order), self.rows):
             part = order[start : start + self.rows]
@@ -131,9 +129,11 @@ class Answerer:
         fmt = self.fmt
         return fmt.tokenize(fmt.opening(self.system) + fmt.open_stream + fmt.frames(frames)) if frames else []
 
-    def _suffix(self, text: str, frames: int) -> str:
-        start = self.fmt.close_stream if frames else self.fmt.opening(self.system)
-        return start + self.fmt.user_text(text) + self.fmt.assistant_prefix
+    def _suffix(self, question: Question, frames: int) -> str:
+        fmt = self.fmt
+        start = fmt.close_stream if frames else fmt.opening(self.system)
+        begin = f" {fmt.plain(question.begin)}" if question.begin else ""
+        return start + fmt.user_text(question.text) + fmt.assistant_prefix + begin
 
     def _read_all(self, shown: list[np.ndarray], room: int) -> Cache:
         """A cache with a row a group, its frames read, and room for so many text tokens behind them.
@@ -178,15 +178,15 @@ class Answerer:
         )
         return [Answer(decode(reply).strip()) for reply in replies[: len(suffixes)]]
 
-    def _letters(
+    def _options(
         self, cache: Cache, rows: np.ndarray, suffixes: list[str], questions: list[Question], size: int
     ) -> list[Answer]:
-        eos = self.fmt.tokenizer.eos_token
+        end, plain = self.fmt.tokenizer.eos_token, self.fmt.plain
         told = [
-            [self.fmt.tokenize(f"{text} {letter}{eos}") for letter in LETTERS[: question.options]]
+            [self.fmt.tokenize(f"{text} {plain(option)}{end}") for option in question.options]
             for text, question in zip(suffixes, questions, strict=True)
         ]
-        # Where a letter merges with what is before it, the prompt ends earlier: options begin where they first differ.
+        # Where an option merges with what is before it, the prompt ends earlier: options begin where they first differ.
         prompts = [_shared([self.fmt.tokenize(text), *own]) for text, own in zip(suffixes, told, strict=True)]
         tails = [[ids[len(prompt) :] for ids in own] for prompt, own in zip(prompts, told, strict=True)]
         ids, length = self._batch(prompts, size)
@@ -198,7 +198,8 @@ class Answerer:
                 tail[row, option, : len(tokens)], there[row, option] = tokens, len(tokens)
         scores = np.asarray(self._score(self.params, cache, rows, ids, length, tail, there))
         own = [tuple(map(float, scores[row, : len(t)])) for row, t in enumerate(tails)]
-        return [Answer(LETTERS[int(np.argmax(values))], values) for values in own]
+        best = [question.options[int(np.argmax(values))] for question, values in zip(questions, own, strict=True)]
+        return [Answer(text, values) for text, values in zip(best, own, strict=True)]
 
     def _batch(self, texts: list[list[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
         """(i32[rows, size], i32[rows]); rows without a question hold one token."""

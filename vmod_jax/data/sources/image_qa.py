@@ -2,7 +2,8 @@
 
     images/NAME.png                          three or four things on a 3 x 3 grid, no two of them alike
     train.json                               LLaVA's instruction form: all kinds of questions about each training image
-    pope/, gqa/, mme/                        questions about the test images, laid out as those benchmarks are
+    pope/, gqa/, mme/                        questions about the test images, laid out as those benchmarks are; LLaVA's
+                                             question files beside them ask without its "Answer the question using ..."
 
 Which things are there, where, and of which colour is all drawn alike, and yes and no are equally often right for every
 kind of question, so that nothing but the picture tells the answer.
@@ -22,14 +23,12 @@ from vmod_jax.data.storage import replacing
 from vmod_jax.errors import UserError
 
 WORLD = World(side=48, fps=2, max_objects=4, shapes=("circle", "square", "triangle"), texture=3.0)
-SUFFIX = "\nAnswer the question using a single word or phrase."
 SETTINGS = ("random", "popular", "adversarial")
-NUMBERS = ("two", "three", "four", "five")
 YES_NO = ("Yes", "No")
 
 
 class Asked(NamedTuple):
-    """kind: existence, count, position, color (MME's tasks), query or verify (GQA's types)"""
+    """kind: existence, position, color (MME's tasks), query or verify (GQA's types)"""
 
     kind: str
     question: str
@@ -81,12 +80,6 @@ def colour(rng: np.random.Generator, things: list[Thing], answer: str, world: Wo
     return Asked("color", f"Is the thing at the {PLACES[thing.place]} {name}?", answer)
 
 
-def count(rng: np.random.Generator, things: list[Thing], answer: str) -> Asked:
-    right = NUMBERS[len(things) - 2]
-    wrong = {"three": "four", "four": "three"}[right]
-    return Asked("count", f"Are there {right if answer == 'Yes' else wrong} things in the image?", answer)
-
-
 def query(rng: np.random.Generator, things: list[Thing]) -> Asked:
     thing = things[rng.integers(len(things))]
     if rng.integers(2):
@@ -98,7 +91,6 @@ def pair(rng: np.random.Generator, kind: str, things: list[Thing], world: World)
     """A question of one of MME's tasks that is right, and one that is not, in either order."""
     makers: dict[str, Callable[[str], Asked]] = {
         "existence": lambda answer: exists(_named(rng, things, answer, "random", world), answer),
-        "count": lambda answer: count(rng, things, answer),
         "position": lambda answer: position(rng, things, answer),
         "color": lambda answer: colour(rng, things, answer, world),
     }
@@ -111,7 +103,7 @@ def _named(rng: np.random.Generator, things: list[Thing], answer: str, setting: 
 
 def lesson(rng: np.random.Generator, things: list[Thing], world: World = WORLD) -> list[Asked]:
     """All kinds of questions about a training picture, one each, in random order."""
-    kinds = ("existence", "position", "color", "count")
+    kinds = ("existence", "position", "color")
     asked = [pair(rng, kind, things, world)[0] for kind in kinds]
     answer = str(rng.choice(YES_NO))
     asked += [query(rng, things), exists(_named(rng, things, answer, "adversarial", world), answer)]
@@ -152,7 +144,7 @@ def generate(out: str | Path, train: int, test: int, seed: int = 0, world: World
 def _record(name: str, asked: list[Asked]) -> dict:
     turns = []
     for i, one in enumerate(asked):
-        turns.append({"from": "human", "value": ("<image>\n" if i == 0 else "") + one.question + SUFFIX})
+        turns.append({"from": "human", "value": ("<image>\n" if i == 0 else "") + one.question})
         turns.append({"from": "gpt", "value": one.answer})
     return {"id": name, "image": f"{name}.png", "conversations": turns}
 
@@ -173,9 +165,10 @@ def _pope(folder: Path, shown: dict, world: World) -> int:
                     row = {"question_id": len(rows[setting]) + 1, "image": f"{name}.png"}
                     rows[setting].append(row | {"text": one.question, "label": one.answer})
     for setting, lines in rows.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / "coco" / f"coco_pope_{setting}.json").write_text(text)
-    return sum(map(len, rows.values()))
+        _lines(folder / "coco" / f"coco_pope_{setting}.json", lines)
+    asked = [line | {"category": setting} for setting, lines in rows.items() for line in lines]
+    _lines(folder / "llava_pope_test.jsonl", [line | {"question_id": i} for i, line in enumerate(asked)])
+    return len(asked)
 
 
 def _gqa(folder: Path, shown: dict, world: World) -> int:
@@ -197,12 +190,14 @@ def _gqa(folder: Path, shown: dict, world: World) -> int:
                 "semantic": [],
             }
     _json(folder / "testdev_balanced_questions.json", questions)
+    asked = [{"question_id": key, "text": one["question"]} for key, one in questions.items()]
+    _lines(folder / "llava_gqa_testdev_balanced.jsonl", asked)
     return len(questions)
 
 
 def _mme(folder: Path, shown: dict, world: World) -> int:
-    total = 0
-    for kind in ("existence", "count", "position", "color"):
+    recorded: list[dict] = []
+    for kind in ("existence", "position", "color"):
         task = folder / "MME_Benchmark_release_version" / kind
         task.mkdir(parents=True)
         for number, (rng, things, picture) in enumerate(shown.values(), 1):
@@ -210,8 +205,14 @@ def _mme(folder: Path, shown: dict, world: World) -> int:
             asked = pair(rng, kind, things, world)
             lines = [f"{one.question} Please answer yes or no.\t{one.answer}\n" for one in asked]
             (task / f"{number:04d}.txt").write_text("".join(lines))
-            total += len(asked)
-    return total
+            name = f"{kind}/{number:04d}.png"
+            recorded += [{"question_id": name, "image": name, "text": one.question} for one in asked]
+    _lines(folder / "llava_mme.jsonl", recorded)
+    return len(recorded)
+
+
+def _lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _json(path: Path, value: object) -> None:
