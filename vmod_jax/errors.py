@@ -59,4 +59,4 @@ def read_json(path: str | Path, advice: str = "download it again") -> Any:
     except RecursionError:
         raise UserError(f"{path} cannot be read (it is nested too deeply); {advice}") from None
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({short(error)}); {advice}") from None
+        raise UserError(f"{path} cannot be read: it is not a JSON file ({short(error)}); {advice}") from None
