@@ -63,9 +63,11 @@ def video_question(task: Task, document: Document) -> Question:
 def stream_question(task: Task, document: Document) -> Question:
     """Every frame from the start, or of the last `context` seconds, up to the question's time: nothing after it."""
     fps, context = task.lm.config.fps, task.options.get("context")
+    video, ask = document.video, document.ask
+    assert video is not None and ask is not None  # noqa: PT018
 
     def frames() -> np.ndarray:
-        return np.stack(list(stills.until(document.video, fps, document.ask, task.lm.image_size, context)))
+        return np.stack(list(stills.until(video, fps, ask, task.lm.image_size, context)))
 
     key = (str(document.video), document.ask, context)
     return Question(document.prompt, frames, key, letters(document))
@@ -179,7 +181,7 @@ def watch(task: Task) -> Respond:
     lm, fps = task.lm, task.lm.config.fps
 
     def one(document: Document) -> dict[str, Any] | None:
-        if lacking(document):
+        if document.video is None or lacking(document):
             return None
         end, ask = streamingbench.end(document), document.ask or 0.0
         session = lm.stream(task.threshold, max_frames=max(64, int(end * fps) + 2), max_reply=LONG)

@@ -43,7 +43,8 @@ def draw(rng: np.random.Generator, world: World = WORLD) -> tuple[list[Thing], n
     things = []
     for kind, place in zip(kinds, places, strict=True):
         x, y = rng.uniform(-world.jitter, world.jitter, 2)
-        things.append(Thing(*world.kinds[kind], int(place), (float(x), float(y))))
+        colour, shape = world.kinds[kind]
+        things.append(Thing(colour, shape, int(place), (float(x), float(y))))
     return things, next(render(rng, world, 1, [Event(0, "", dict(enumerate(things)))]))
 
 
