@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 
-from vmod_jax.caches import keep_compiled_programs
 from vmod_jax.training import processes
 from vmod_jax.training.flags import parse
 from vmod_jax.training.loop import train
@@ -18,10 +17,7 @@ under Slurm's srun they find each other; elsewhere set JAX_COORDINATOR_ADDRESS=H
 JAX_NUM_PROCESSES and JAX_PROCESS_ID. launch/tpu.sh and launch/gpu.sh do all this.
 
 exit codes: 0 done; 2 a mistake, said in one line; 75 stopped by SIGTERM (pre-emption), saved: run the same command
-again; 130 stopped by SIGINT (Ctrl-C), saved
-
-Compiled programs are kept in ~/.cache/vmod_jax/compiled: JAX_COMPILATION_CACHE_DIR moves them,
-JAX_ENABLE_COMPILATION_CACHE=false keeps none."""
+again; 130 stopped by SIGINT (Ctrl-C), saved"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,5 +29,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, workdir = parse(arguments)
     with processes.ended_by_sigterm():
         processes.join()
-        keep_compiled_programs()
         return train(config, workdir).exit_code
