@@ -9,8 +9,8 @@ from vmod_jax.training.loop import train
 
 USAGE = """usage: vmod train --config FILE --workdir DIR [--config.KEY=VALUE ...]
 
-Trains into DIR, or goes on from its last checkpoint. FILE is one of configs/; the keys are explained in
-vmod_jax/training/config.py, for instance --config.policy=full --config.optimizer.learning_rate=1e-3
+Trains into DIR, or goes on from its last checkpoint. FILE is one of configs/, as a path or a bare name ("tiny"); the
+keys are explained in vmod_jax/training/config.py, as in --config.policy=full --config.optimizer.learning_rate=1e-3
 
 On several hosts the same command runs in every process, with DIR in a folder that all of them see. On Cloud TPU and
 under Slurm's srun they find each other; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0),
