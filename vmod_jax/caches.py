@@ -23,3 +23,17 @@ def keep_compiled_programs() -> None:
     those that it starts. The user's own settings in the environment go first."""
     for name, value in {**_KEEP, "JAX_COMPILATION_CACHE_DIR": str(compiled_folder())}.items():
         os.environ.setdefault(name, value)
+
+
+def clear_compiled_programs() -> int:
+    """Deletes the compiled programs, and nothing else that lies in their folder: -> how many."""
+    files = [path for pattern in ("*-cache", "*-atime") for path in compiled_folder().glob(pattern)]
+    for path in files:
+        path.unlink(missing_ok=True)  # another process may clear them, too
+    return sum(path.name.endswith("-cache") for path in files)
+
+
+def size_of(folder: Path) -> tuple[int, int]:
+    """(files, bytes) in a folder and those in it."""
+    sizes = [path.lstat().st_size for path in folder.rglob("*") if not path.is_dir()]
+    return len(sizes), sum(sizes)

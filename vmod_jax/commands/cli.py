@@ -32,6 +32,7 @@ COMMANDS = {
     "export": Command("convert", "export_main", "a workdir -> Hugging Face, PEFT or PyTorch"),
     "table": Command("table", "main", "the rows of a table of the paper, trained and scored with seeds"),
     "bench": Command("bench", "main", "how fast, and in how much memory, beside a peer"),
+    "env": Command("env", "main", "versions, devices, caches, what is missing: what a bug report needs"),
 }
 
 USAGE = "\n".join(
