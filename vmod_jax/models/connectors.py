@@ -1,4 +1,7 @@
-"""The connector: vision features to the language model's width (paper, section 3.1)."""
+"""Connectors: vision features to the language model's width.
+
+A row of `CONNECTORS` is what `VideoLMConfig.connector` names.
+"""
 
 from typing import Any
 
@@ -9,7 +12,10 @@ from jax import Array
 
 
 class Connector(nn.Module):
-    """Linear -> GELU (exact, with erf) -> Linear, both with bias: [..., d_v] -> [..., d]. Parameters are float32."""
+    """Linear -> GELU (exact, with erf) -> Linear, both with bias: [..., d_v] -> [..., d]. Parameters are float32.
+
+    The paper's, section 3.1.
+    """
 
     size_in: int
     size_out: int
@@ -19,3 +25,9 @@ class Connector(nn.Module):
     def __call__(self, features: Array) -> Array:
         dense = lambda name: nn.Dense(self.size_out, dtype=self.dtype, name=name)  # noqa: E731
         return dense("out")(jax.nn.gelu(dense("in")(features), approximate=False))
+
+
+# name: a module of (size_in, size_out, dtype) that is called with features [..., d_v] and gives tokens [..., d]
+CONNECTORS = {
+    "mlp": Connector,
+}

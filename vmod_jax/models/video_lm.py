@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from vmod_jax.compression.forms import CACHES
+from vmod_jax.compression.mergers import MERGERS
 from vmod_jax.errors import UserError
 from vmod_jax.models import kv_cache
 from vmod_jax.models.attention import BACKENDS
-from vmod_jax.models.connectors import Connector
+from vmod_jax.models.connectors import CONNECTORS
 from vmod_jax.models.context import Beginning
 from vmod_jax.models.depth import LayerSpec, Policy, kept_counts
 from vmod_jax.models.kv_cache import Cache
@@ -50,7 +52,8 @@ class VideoLMConfig:
     cls, grid: a frame is its CLS token (if cls) and h x w pooled patches; frame_token_id: of the frame's place in text
     policy: one LayerSpec a layer; gate, always_keep_last, router_seed: see `llama.Routing`
     shared_router: all routed layers choose by one LayerExpert, row 0 of the stacked ones
-    remat, attention: names of `llama.REMAT` and of `attention.BACKENDS`
+    remat, attention, connector, cache, merger: names of `llama.REMAT`, `attention.BACKENDS`, `connectors.CONNECTORS`,
+    `compression.forms.CACHES` and `compression.mergers.MERGERS`
     dtype: of the computation; param_dtype: of frozen base weights (LoRA, connector and experts are float32)
     """
 
@@ -72,6 +75,9 @@ class VideoLMConfig:
     attention: str = "auto"
     dtype: str = "float32"
     param_dtype: str = "float32"
+    connector: str = "mlp"
+    cache: str = "float"
+    merger: str = "none"
 
     def __post_init__(self):
         if len(self.policy) != self.llama.num_hidden_layers:
@@ -80,6 +86,9 @@ class VideoLMConfig:
             ("gate", self.gate, GATES),
             ("remat", self.remat, REMAT),
             ("attention", self.attention, BACKENDS),
+            ("connector", self.connector, CONNECTORS),
+            ("cache", self.cache, CACHES),
+            ("merger", self.merger, MERGERS),
             ("dtype", self.dtype, DTYPES),
             ("param_dtype", self.param_dtype, DTYPES),
         ):
@@ -89,8 +98,14 @@ class VideoLMConfig:
             raise UserError("a frame needs at least one token: turn cls on or give a grid such as (3, 3)")
 
     @property
-    def tokens_per_frame(self) -> int:
+    def features_per_frame(self) -> int:
+        """Features of a frame that the connector is given."""
         return int(self.cls) + self.grid[0] * self.grid[1]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of a frame in the language model."""
+        return MERGERS[self.merger].count(self.features_per_frame)
 
     @property
     def routing(self) -> Routing:
@@ -136,14 +151,14 @@ class VideoLM(nn.Module):
         c = self.config
         expert_std = router_init_std(c.gate, c.llama.hidden_size)
         self.llama = Llama(c.llama, c.lora, DTYPES[c.param_dtype], expert_std, c.shared_router)
-        self.connector = Connector(c.vision_hidden_size, c.llama.hidden_size, DTYPES[c.dtype])
+        self.connector = CONNECTORS[c.connector](c.vision_hidden_size, c.llama.hidden_size, DTYPES[c.dtype])
         if c.vision is not None:
             self.vision = VisionTower(c.vision, cls=c.cls, grid=c.grid)
 
     def features(self, frames: Array) -> Array:
         """Frames to encoder features: u8[B, F, S, S, 3] pixels -> f32[B, F, n, d_v]; features pass as they are."""
         if frames.ndim == 4:
-            chex.assert_shape(frames, (None, None, self.config.tokens_per_frame, self.config.vision_hidden_size))
+            chex.assert_shape(frames, (None, None, self.config.features_per_frame, self.config.vision_hidden_size))
             return frames
         if self.config.vision is None:
             raise UserError("this model has no vision tower: give it features f32[B, F, n, d_v], not pixels")
@@ -159,7 +174,7 @@ class VideoLM(nn.Module):
             if self.is_initializing():
                 self.connector(jnp.zeros((1, self.config.vision_hidden_size)))
             return text
-        tokens = self.connector(self.features(frames)).astype(dtype)
+        tokens = MERGERS[self.config.merger].merge(self.connector(self.features(frames)).astype(dtype))
         tokens = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
         index = jnp.where(layout.vision >= 0, layout.vision, tokens.shape[1])
         vision = take_rows(tokens, index, invert(index, tokens.shape[1]))
@@ -216,7 +231,7 @@ class VideoLM(nn.Module):
 def dummy_frames(config: VideoLMConfig, batch: int = 1, frames: int = 1) -> Array:
     """Zeros in the form in which the model takes frames: pixels where it has a tower, else features."""
     if config.vision is None:
-        return jnp.zeros((batch, frames, config.tokens_per_frame, config.vision_hidden_size))
+        return jnp.zeros((batch, frames, config.features_per_frame, config.vision_hidden_size))
     return jnp.zeros((batch, frames, config.vision.image_size, config.vision.image_size, 3), jnp.uint8)
 
 
@@ -225,7 +240,7 @@ def check_frames(config: VideoLMConfig, frames: Any, lead: int) -> Any:
 
     Raises UserError where they are not what the model takes.
     """
-    features, pixels = (config.tokens_per_frame, config.vision_hidden_size), dummy_frames(config).shape[2:]
+    features, pixels = (config.features_per_frame, config.vision_hidden_size), dummy_frames(config).shape[2:]
     if frames.shape[lead:] not in (features, pixels):
         takes = f"{list(pixels)}" if features == pixels else f"{list(pixels)} pixels or {list(features)} features"
         raise UserError(f"a frame of shape {list(frames.shape[lead:])}, but the model takes {takes}")
@@ -245,7 +260,7 @@ def init_params(config: VideoLMConfig, key: Array) -> Any:
 def make_cache(config: VideoLMConfig, frames: int, text: int, batch: int = 1) -> Cache:
     """An empty cache with room for `frames` frames and `text` text tokens a row."""
     c, slots = config.llama, cache_slots(config, frames, text)
-    return kv_cache.make_cache(slots, batch, c.num_key_value_heads, c.head_dim, DTYPES[config.dtype])
+    return kv_cache.make_cache(slots, batch, c.num_key_value_heads, c.head_dim, DTYPES[config.dtype], config.cache)
 
 
 def cache_slots(config: VideoLMConfig, frames: int, text: int) -> list[int]:
