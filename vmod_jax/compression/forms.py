@@ -1,4 +1,4 @@
-"""In what form a layer of a stream's cache holds keys and values. A row of `CACHES` is what `VideoLMConfig.cache` names.
+"""In what form a layer of a stream's cache holds keys and values: a row of `CACHES`, named by `VideoLMConfig.cache`.
 
 All forms hold `position: i32[B, S]`, NEVER in empty slots, and `used: i32[B]` slots; `models/kv_cache.py` sees no more.
 """
