@@ -591,7 +591,7 @@ def _attention(rows: _Rows, cache: LayerCache | None, position: Array, valid: Ar
     def cached(q, k, v):
         grown = kv_cache.write(cache, k, v, jnp.where(valid, position, NEVER))
         # What was in use before is read from the grown cache: reading the old one would keep it from being donated.
-        return cache_attention(q, k, v, grown.key, grown.value, cache.used, rows.attention), grown
+        return cache_attention(q, k, v, *kv_cache.read(grown), cache.used, rows.attention), grown
 
     return cached
 
