@@ -10,6 +10,7 @@ import pytest
 
 from vmod_jax.compression import growing
 from vmod_jax.compression.growing import INT8, VIDKV, Codec, Grouped
+from vmod_jax.models import attention
 
 CHUNK = 24
 SMALL = {
@@ -56,32 +57,47 @@ def same(x, y):
     jax.tree.map(np.testing.assert_array_equal, x, y)
 
 
+def run_script(golden):
+    """The golden script: the cache, the source tokens that it holds, and (used, settled) after each step."""
+    key, value, script = (golden[name] for name in ("key", "value", "stream_script"))
+    codec = Codec(group=int(golden["stream_group"]), window=int(golden["stream_window"]), scale="float32")
+    chunk = max(int(script[script[:, 0] == 0, 1].max()), golden["stream_own_key"].shape[1])
+    layer = growing.make(key.shape[1], *key.shape[:1], *key.shape[2:], jnp.float32, chunk, codec)
+    source, held, log = 0, [], []
+    for kind, count in script.tolist():
+        if kind == 0:
+            part = slice(source, source + count)
+            layer = write(layer, key[:, part], value[:, part], layer.used[:, None] + jnp.arange(count))
+            layer = growing.advance(layer, count)
+            held, source = held + list(range(source, source + count)), source + count
+        else:
+            assert (growing.exact_from(layer) <= layer.used - count).all()
+            layer = growing.roll_back(layer, layer.used - count)
+            held = held[: len(held) - count]
+        log.append((int(layer.used[0]), int(layer.settled[0])))
+    return layer, held, log
+
+
 def test_the_golden_script(goldens):
     path = goldens / "compression" / "vidkv.npz"
     if not path.exists():
         pytest.skip(f"no {path}")
     golden = np.load(path)
-    key, value = golden["key"], golden["value"]
-    script = golden["stream_script"]
-    codec = Codec(group=int(golden["stream_group"]), window=int(golden["stream_window"]), scale="float32")
-    chunk = int(script[script[:, 0] == 0, 1].max())
-    layer = growing.make(key.shape[1], *key.shape[:1], *key.shape[2:], jnp.float32, chunk, codec)
-    source, held = 0, []
-    for (kind, count), log in zip(script, golden["stream_log"], strict=True):
-        if kind == 0:
-            part = slice(source, source + count)
-            position = layer.used[:, None] + jnp.arange(count)
-            layer = growing.write(layer, key[:, part], value[:, part], position)
-            layer = dataclasses.replace(layer, used=layer.used + int(count))
-            held, source = held + list(range(source, source + count)), source + int(count)
-        else:
-            assert (growing.exact_from(layer) <= layer.used - int(count)).all()
-            layer = growing.roll_back(layer, layer.used - int(count))
-            held = held[: len(held) - count]
-        assert (int(layer.used[0]), int(layer.settled[0])) == tuple(log)
+    layer, held, log = run_script(golden)
+    np.testing.assert_array_equal(log, golden["stream_log"])
     np.testing.assert_array_equal(held, golden["stream_tokens"])
     for got, name in zip(growing.read(layer), ("stream_key", "stream_value"), strict=True):
         np.testing.assert_allclose(got[:, : len(held)], golden[name], atol=2e-5, rtol=0)
+    # A chunk attends to what the script left, without another settle.
+    own, rows = golden["stream_own_key"].shape[1], jnp.arange(len(layer.used))[:, None]
+    place = (layer.used - layer.settled)[:, None] + jnp.arange(own)
+    layer = dataclasses.replace(
+        layer,
+        tail_key=layer.tail_key.at[rows, place].set(golden["stream_own_key"]),
+        tail_value=layer.tail_value.at[rows, place].set(golden["stream_own_value"]),
+    )
+    out = growing.attend(layer, jnp.asarray(golden["stream_q"]), layer.used)
+    np.testing.assert_allclose(out, golden["stream_attention"], atol=1e-5, rtol=0)
 
 
 def test_any_chunking_ends_in_the_same_bits(codec):
@@ -159,3 +175,23 @@ def test_an_empty_cache_and_a_chunk_too_large(codec):
     x = jnp.zeros((1, CHUNK + 1, 2, 8))
     with pytest.raises(ValueError, match="a chunk of 25 tokens"):
         growing.write(layer, x, x, jnp.zeros((1, CHUNK + 1), jnp.int32))
+
+
+def test_attention_of_chunks_is_that_of_what_is_read_and_of_the_whole_sequence(codec):
+    key, value = draw(4, 1, 150)
+    q = jax.random.normal(jax.random.key(5), (1, 150, 4, 8))
+    layer, out, before = new(codec), [], []
+    attend = jax.jit(growing.attend)
+    for at in range(0, 150, 15):
+        part = slice(at, at + 15)
+        used, layer = layer.used, feed(layer, key[:, part], value[:, part])
+        out.append(attend(layer, q[:, part], used))
+        read = growing.read(layer)
+        seen = jnp.arange(150), jnp.arange(at, at + 15)
+        plain = attention.attend(q[:, part], *(x[:, :150] for x in read), seen[1][None], seen[0][None])
+        np.testing.assert_allclose(out[-1], plain, atol=1e-5)
+        before += [at] * 15
+    whole = growing.attend_whole(q, key, value, jnp.array([before]), codec)
+    np.testing.assert_allclose(jnp.concatenate(out, 1), whole, atol=1e-5)
+    exact = growing.attend_whole(q, key, value, jnp.zeros((1, 150), jnp.int32), codec)
+    assert not np.allclose(whole, exact, atol=1e-3)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vmod_jax.compression import int8, sage
+from vmod_jax.compression.online import dot, from_rows, to_rows
 from vmod_jax.compression.sage import SAGE4, SAGE8, Variant
 
 causal = jax.jit(sage.causal, static_argnames="variant")
@@ -112,7 +113,7 @@ def test_a_chunk_against_settled_blocks(golden):
     q, k, v = (jnp.asarray(arrays[name], jnp.float32).swapaxes(1, 2) for name in "qkv")
     chunk, kv_heads = q[:, n : n + c], k.shape[2]
     groups = q.shape[2] // kv_heads
-    rows = sage._rows(chunk, kv_heads)
+    rows = to_rows(chunk, kv_heads)
     by_head = rows.reshape(*rows.shape[:2], groups, c, -1)
     of_rows = sage.thread_queries(c)
     scale = sage.quantise(by_head, of_rows)[1][..., of_rows[0]].reshape(*rows.shape[:3], 1)
@@ -125,7 +126,7 @@ def test_a_chunk_against_settled_blocks(golden):
         count = jnp.full((1, rows.shape[2]), settled // block)
         near_keys, near_values = (x[:, settled : n + c] for x in (k, v))
         out, running = (
-            sage._back(
+            from_rows(
                 sage.blocked_attention(queries, blocks, count, near_keys, near_values, seen[None], variant, whole),
                 chunk,
             ).swapaxes(1, 2)
@@ -170,7 +171,7 @@ def test_without_rounding_it_is_attention():
     fine = lambda x, scale, limit: x / jnp.where(scale > 0, scale, 1)[..., None, :]  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(int8, "_codes", fine)
-        patch.setattr(sage, "_integer_dot", functools.partial(sage._dot, "...th,...sh->...ts"))
+        patch.setattr(sage, "_integer_dot", functools.partial(dot, "...th,...sh->...ts"))
         patch.setattr(sage, "encode_queries", lambda rows, variant: _unrounded(rows, variant))
         for variant in (Variant(values="float"), SAGE4._replace(values="float")):
             np.testing.assert_allclose(sage.causal(q, k, v, variant), exact(q, k, v), atol=1e-5)

@@ -1,87 +1,79 @@
 """In what form a layer of a stream's cache holds keys and values: a row of `CACHES`, named by `VideoLMConfig.cache`.
 
-All forms hold `position: i32[B, S]`, NEVER in empty slots, and `used: i32[B]` slots; `models/kv_cache.py` sees no more.
+    float    as they are
+    int8     8.25 bits a number and more exact, no decoding before an integer product
+    2bit     2.5 bits
+    vidkv2   keys of 1.9 bits, values of 2.5
+    vidkv    keys of 1.9 bits, values of 1.85
+
+Bits a number of a long stream, scales and all, at a head width of 128. The last `Codec.window` slots of a layer and a
+chunk stay as they are: see `growing`. All forms hold `position: i32[B, S]`, NEVER in empty slots, and `used: i32[B]`
+slots; `models/kv_cache.py` sees no more.
 """
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 
-NEVER = jnp.iinfo(jnp.int32).max  # the position of an empty slot: later than any query's
+from vmod_jax.compression import floats, growing
+from vmod_jax.compression.floats import NEVER, LayerCache
+from vmod_jax.compression.growing import INT8, VIDKV, Codec, Grouped
 
-
-class LayerCache(NamedTuple):
-    """Keys and values as they are. key, value: [B, S, K, h]; position: i32[B, S], NEVER in empty slots; used: i32[B]"""
-
-    key: Array
-    value: Array
-    position: Array
-    used: Array
+__all__ = ["CACHES", "NEVER", "Form", "LayerCache", "form"]
 
 
 class Form(NamedTuple):
     """holds: the type of what `make` gives, of which the other functions are.
 
-    make: (slots, batch, kv_heads, head_dim, dtype) -> an empty layer
+    longest: tokens of text that are best written at once: some forms keep room for as many
+    make: (slots, batch, kv_heads, head_dim, dtype, chunk) -> an empty layer; chunk: the most slots written at once
     write: (layer, key, value [B, C, K, h], position i32[B, C]) -> the layer with a chunk behind the slots in use;
         padding (position NEVER) is overwritten by the next chunk, what does not fit is dropped; `used` stays
-    read: layer -> keys, values [B, S, K, h] of all slots; grow: (layer, slots) -> the layer with so many slots
+    advance: (layer, count i32[B]) -> the layer with so many more slots in use
+    read: layer -> keys, values [B, S, K, h] of all slots
+    attend: (layer, q [B, C, H, h], used i32[B]) -> [B, C, H, h], attention of a chunk that was written behind `used`
+        slots; None where an attention of floats takes what `read` gives
+    grow: (layer, slots) -> the layer with so many slots
     roll_back: (layer, position i32[B]) -> the layer without tokens of that position or later
+    exact_from: layer -> i32[B], the earliest position to which it can be rolled back
     num_bytes: layer, of arrays or of their shapes -> bytes of keys and values
     """
 
     holds: type
-    make: Callable[[int, int, int, int, Any], Any]
+    longest: int
+    make: Callable[[int, int, int, int, Any, int], Any]
     write: Callable[[Any, Array, Array, Array], Any]
+    advance: Callable[[Any, Array], Any]
     read: Callable[[Any], tuple[Array, Array]]
+    attend: Callable[[Any, Array, Array], Array] | None
     grow: Callable[[Any, int], Any]
     roll_back: Callable[[Any, Array], Any]
+    exact_from: Callable[[Any], Array]
     num_bytes: Callable[[Any], int]
 
 
-def make(slots: int, batch: int, kv_heads: int, head_dim: int, dtype: Any) -> LayerCache:
-    key = jnp.zeros((batch, slots, kv_heads, head_dim), dtype)
-    return LayerCache(key, jnp.zeros_like(key), jnp.full((batch, slots), NEVER), jnp.zeros(batch, jnp.int32))
-
-
-def write(layer: LayerCache, key: Array, value: Array, position: Array) -> LayerCache:
-    rows = jnp.arange(key.shape[0])[:, None]
-    slot = layer.used[:, None] + jnp.arange(key.shape[1])
-    return layer._replace(
-        key=layer.key.at[rows, slot].set(key, mode="drop"),
-        value=layer.value.at[rows, slot].set(value, mode="drop"),
-        position=layer.position.at[rows, slot].set(position, mode="drop"),
-    )
-
-
-def read(layer: LayerCache) -> tuple[Array, Array]:
-    return layer.key, layer.value
-
-
-def grow(layer: LayerCache, slots: int) -> LayerCache:
-    extra = slots - layer.position.shape[1]
-    pad = lambda x, value: jnp.pad(  # noqa: E731
-        x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2), constant_values=value
-    )
-    return LayerCache(pad(layer.key, 0), pad(layer.value, 0), pad(layer.position, NEVER), layer.used)
-
-
-def roll_back(layer: LayerCache, position: Array) -> LayerCache:
-    stays = layer.position < position[:, None]
-    return layer._replace(position=jnp.where(stays, layer.position, NEVER), used=stays.sum(-1, dtype=jnp.int32))
-
-
-def num_bytes(layer: LayerCache) -> int:
-    return sum(x.size * x.dtype.itemsize for x in (layer.key, layer.value))
+def _coded(codec: Codec) -> Form:
+    return Form(
+        Grouped, 128, partial(growing.make, codec=codec), growing.write, growing.advance, growing.read, growing.attend,
+        growing.grow, growing.roll_back, growing.exact_from, growing.num_bytes,
+    )  # fmt: skip
 
 
 CACHES = {
-    "float": Form(LayerCache, make, write, read, grow, roll_back, num_bytes),  # the dtype of the computation
-}
+    "float": Form(
+        LayerCache, 512, floats.make, floats.write, floats.advance, floats.read, None, floats.grow,
+        floats.roll_back, floats.exact_from, floats.num_bytes,
+    ),
+    "int8": _coded(INT8),
+    "2bit": _coded(Codec("two", "two")),
+    "vidkv2": _coded(dataclasses.replace(VIDKV, value="two")),
+    "vidkv": _coded(VIDKV),
+}  # fmt: skip
 
 
 def form(layer: Any) -> Form:
-    """The row of CACHES that a layer is of."""
+    """The functions of a layer that was made by one of CACHES: those of one type are the same but for `make`."""
     return next(form for form in CACHES.values() if isinstance(layer, form.holds))

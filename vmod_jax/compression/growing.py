@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from vmod_jax.compression import int8, vidkv
+from vmod_jax.compression import int8, online, vidkv
+from vmod_jax.compression.floats import NEVER
+from vmod_jax.compression.online import HIDDEN, dot, from_rows, to_rows
 
-NEVER = jnp.iinfo(jnp.int32).max  # the position of an empty slot: later than any query's
+TILE = 512  # slots that are decoded at once
 
 
 class Coder(NamedTuple):
@@ -155,6 +157,10 @@ def write(layer: Grouped, key: Array, value: Array, position: Array) -> Grouped:
     )
 
 
+def advance(layer: Grouped, count: Array) -> Grouped:
+    return dataclasses.replace(layer, used=layer.used + count)
+
+
 def read_groups(layer: Grouped, start: Array | int, count: int) -> tuple[Array, Array]:
     """`count` groups from group `start` on, decoded: -> keys, values f32[B, count G, K, h]. Only settled ones count."""
     group = layer.codec.group
@@ -180,6 +186,62 @@ def read(layer: Grouped) -> tuple[Array, Array]:
         for x, tail in zip(whole, tails, strict=True)
     )
     return key, value
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def attend(layer: Grouped, q: Array, used: Array) -> Array:
+    """Attention of a chunk that `write` has put there, to what lay before it and causally to itself.
+
+    q: [B, C, H, h]; used: i32[B], slots before the chunk -> [B, C, H, h]. Codes are decoded tile by tile, and only as
+    many as the batch's longest row has.
+    """
+    rows, size = to_rows(q, layer.tail_key.shape[2]), q.shape[1]
+    groups = layer.position.shape[1] // layer.codec.group
+    per = max(d for d in range(1, max(1, TILE // layer.codec.group) + 1) if groups % d == 0)
+    width = per * layer.codec.group
+
+    def meet(state, keys: Array, values: Array, seen: Array):
+        """keys, values: [B, S, K, h]; seen: bool[B, R or 1, S]"""
+        keys, values = (x.swapaxes(1, 2).astype(jnp.float32) for x in (keys, values))
+        logits = jnp.where(seen[:, None], dot("bkrh,bksh->bkrs", rows, keys), HIDDEN)
+        return online.tile(state, logits, lambda weights: dot("bkrs,bksh->bkrh", weights, values))
+
+    def tile(j, state):
+        there = j * width + jnp.arange(width) < layer.settled[:, None]
+        return meet(state, *read_groups(layer, j * per, per), there[:, None])
+
+    state = lax.fori_loop(0, -(-jnp.max(layer.settled) // width), tile, online.nothing(rows))
+    place = used[:, None] + jnp.arange(rows.shape[2]) % size
+    slot = layer.settled[:, None] + jnp.arange(layer.tail_key.shape[1])
+    _, total, out = meet(state, layer.tail_key, layer.tail_value, slot[:, None] <= place[..., None])
+    return from_rows(out / total, q)
+
+
+def attend_whole(q: Array, k: Array, v: Array, before: Array, codec: Codec) -> Array:
+    """What `attend` gives chunk by chunk, for a whole sequence: slow and plain.
+
+    q: [B, T, H, h]; k, v: [B, T, K, h]; before: i32[B, T], slots in use when each query's chunk began -> [B, T, H, h].
+    """
+    rows, group, size = to_rows(q, k.shape[2]), codec.group, q.shape[1]
+    settled = group * (jnp.maximum(before - codec.window, 0) // group)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, -size % group), (0, 0), (0, 0)))  # noqa: E731
+    ends = lambda x: x.astype(k.dtype).swapaxes(2, 3).reshape(x.shape[0], -1, *k.shape[2:])[:, :size]  # noqa: E731
+    through = lambda name, x: ends(  # noqa: E731
+        CODERS[name](codec).decode(CODERS[name](codec).encode(_groups(pad(x), group)), group)
+    )
+    turn = lambda x: x.swapaxes(1, 2).astype(jnp.float32)  # noqa: E731
+    slot, repeat = jnp.arange(size), rows.shape[2] // size
+    coded = jnp.tile(slot < settled[..., None], (1, repeat, 1))[:, None]
+    seen = jnp.tile(slot <= slot[:, None], (repeat, 1))
+    logits = [dot("bkrh,bksh->bkrs", rows, turn(x)) for x in (through(codec.key, k), k)]
+    weights = jax.nn.softmax(jnp.where(seen, jnp.where(coded, *logits), -jnp.inf))
+    out = dot("bkrs,bksh->bkrh", jnp.where(coded, weights, 0), turn(through(codec.value, v)))
+    return from_rows(out + dot("bkrs,bksh->bkrh", jnp.where(coded, 0, weights), turn(v)), q)
+
+
+# --- growing and going back -------------------------------------------------------------------------------------------
 
 
 def grow(layer: Grouped, slots: int) -> Grouped:

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from vmod_jax.compression import int8
+from vmod_jax.compression import int8, online
 from vmod_jax.compression.int8 import Int8
+from vmod_jax.compression.online import HIDDEN, dot, from_rows, to_rows
 
 BLOCK = 64  # keys that share a mean and a scale
 QUERY_BLOCK = 128  # queries of a block of the papers
 E4M3 = 448.0  # the largest number of jnp.float8_e4m3fn
-_HIDDEN = -1e30
 
 
 class Variant(NamedTuple):
@@ -77,10 +77,6 @@ def _integer_dot(q: Array, k: Array) -> Array:
     return jnp.einsum("...th,...sh->...ts", q, k, preferred_element_type=jnp.int32).astype(jnp.float32)
 
 
-def _dot(equation: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(equation, x, y, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-
-
 def paper(q: Array, k: Array, v: Array, causal: bool = True, variant: Variant = SAGE8) -> Array:
     """SageAttention2 as its papers define it, in float32: q: [B, H, S, h]; k, v: [B, K, S, h] -> f32[B, H, S, h].
 
@@ -100,7 +96,7 @@ def paper(q: Array, k: Array, v: Array, causal: bool = True, variant: Variant = 
     each_q, each_k = q_scale[..., of_q[0], None], k_scale[..., of_k[0]][..., None, :]
     heads = lambda x: jnp.repeat(x, groups, 1)  # noqa: E731
     logits = _integer_dot(q_codes, heads(k_codes)) * each_q * heads(each_k)
-    logits = (logits + _dot("...th,...sh->...ts", mean, heads(k))) * width**-0.5
+    logits = (logits + dot("...th,...sh->...ts", mean, heads(k))) * width**-0.5
     if causal:
         logits = jnp.where(jnp.arange(size) <= jnp.arange(size)[:, None], logits, -jnp.inf)
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
@@ -130,11 +126,11 @@ def encode_e4m3(x: Array, dtype: Any = jnp.float32) -> Int8:
 def _weighted_e4m3(weights: Array, codes: Array, scale: Array) -> Array:
     """Products of e4m3, summed in float32: f32[..., T, S], e4m3[..., S, h], f32[..., 1, h] -> f32[..., T, h]."""
     weights = (weights * E4M3).astype(jnp.float8_e4m3fn)
-    return _dot("...ts,...sh->...th", weights.astype(jnp.float32), codes.astype(jnp.float32)) * scale / E4M3
+    return dot("...ts,...sh->...th", weights.astype(jnp.float32), codes.astype(jnp.float32)) * scale / E4M3
 
 
 def _weighted(weights: Array, codes: Array, scale: Array) -> Array:
-    return _dot("...ts,...sh->...th", weights, codes.astype(jnp.float32)) * scale
+    return dot("...ts,...sh->...th", weights, codes.astype(jnp.float32)) * scale
 
 
 def _as_it_is(x: Array) -> Int8:
@@ -189,23 +185,10 @@ def encode_blocks(k: Array, v: Array, variant: Variant) -> Blocks:
     return Blocks(int8.encode_key(cut(k), jnp.float32, variant.limit), encode(cut(v)))
 
 
-def _online(state, logits: Array, weighted) -> tuple[Array, Array, Array]:
-    """One more tile: (maximum, sum f32[..., R, 1], out f32[..., R, h]); weighted: weights -> weights times values."""
-    top, total, out = state
-    new = jnp.maximum(top, logits.max(-1, keepdims=True))
-    weights, keep = jnp.exp(logits - new), jnp.exp(top - new)
-    return new, total * keep + weights.sum(-1, keepdims=True), out * keep + weighted(weights)
-
-
-def _nothing(rows: Array):
-    one = rows[..., :1] * 0
-    return one + _HIDDEN, one, rows * 0
-
-
 def _smoothed(queries: Queries, block: Int8) -> Array:
     """What the codes of queries less their mean leave out: mean of queries by keys, f32[..., R, S]."""
     keys = block.codes.astype(jnp.float32) * block.scale[..., None, :]
-    return _dot("...rh,...sh->...rs", queries.mean, keys)
+    return dot("...rh,...sh->...rs", queries.mean, keys)
 
 
 def block_logits(queries: Queries, block: Int8, smooth: bool) -> Array:
@@ -215,7 +198,7 @@ def block_logits(queries: Queries, block: Int8, smooth: bool) -> Array:
         logits = logits + _smoothed(queries, block)
     # The mean that keys lost: the same along a row, but not from block to block.
     mean: Any = block.mean
-    return logits + _dot("...rh,...h->...r", queries.exact, mean.astype(jnp.float32))[..., None]
+    return logits + dot("...rh,...h->...r", queries.exact, mean.astype(jnp.float32))[..., None]
 
 
 def blocked_attention(
@@ -234,34 +217,20 @@ def blocked_attention(
     def tile(j, state):
         block = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, j, 1, keepdims=False), blocks)
         logits = block_logits(queries, block.key, variant.smooth)
-        logits = jnp.where((j < count)[:, None, :, None], logits, _HIDDEN)
+        logits = jnp.where((j < count)[:, None, :, None], logits, HIDDEN)
         value = functools.partial(weigh, codes=block.value.codes, scale=block.value.scale[..., None, :])
-        return _online(state, logits, value)
+        return online.tile(state, logits, value)
 
     def run(state):
         state = lax.fori_loop(0, jnp.max(count), tile, state)
-        logits = _dot("bkrh,bksh->bkrs", queries.exact, k)
-        return _online(state, jnp.where(seen[:, None], logits, _HIDDEN), lambda w: _dot("bkrs,bksh->bkrh", w, v))
+        logits = dot("bkrh,bksh->bkrs", queries.exact, k)
+        return online.tile(state, jnp.where(seen[:, None], logits, HIDDEN), lambda w: dot("bkrs,bksh->bkrh", w, v))
 
-    state = _nothing(queries.exact)
+    state = online.nothing(queries.exact)
     if whole_row:
         state = run(state)[0], *state[1:]
     _, total, out = run(state)
     return out / total
-
-
-def _rows(q: Array, kv_heads: int) -> Array:
-    """Scaled queries in float32: [B, T, H, h] -> [B, K, G T, h]."""
-    batch, size, heads, width = q.shape
-    q = (q.astype(jnp.float32) * width**-0.5).reshape(batch, size, kv_heads, heads // kv_heads, width)
-    return q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)
-
-
-def _back(rows: Array, q: Array) -> Array:
-    """The inverse of `_rows`, in the shape and dtype of q."""
-    batch, size, _, width = q.shape
-    rows = rows.reshape(batch, rows.shape[1], -1, size, width)
-    return rows.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
 def _padded(x: Array) -> Array:
@@ -281,10 +250,10 @@ def causal(q: Array, k: Array, v: Array, variant: Variant = SAGE8) -> Array:
 
     def row(_, i):
         part, keys, values = (lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, 1) for x in (full, k, v))
-        queries = encode_queries(_rows(part, kv_heads), variant)
+        queries = encode_queries(to_rows(part, kv_heads), variant)
         count = jnp.full((len(q), BLOCK * groups), i)
         out = blocked_attention(queries, blocks, count, keys, values, seen[None], variant)
-        return None, _back(out, part)
+        return None, from_rows(out, part)
 
     _, out = lax.scan(row, None, jnp.arange(full.shape[1] // BLOCK))
     return out.swapaxes(0, 1).reshape(full.shape)[:, :size]
@@ -304,10 +273,10 @@ def cached(q: Array, k: Array, v: Array, used: Array, variant: Variant = SAGE8) 
     take = lambda x: jnp.take_along_axis(x, near[..., None, None], axis=1, mode="clip")  # noqa: E731
     seen = (near[:, None] <= slot[..., None]) & (near[:, None] >= (slot // BLOCK * BLOCK)[..., None])
     tile = lambda x: jnp.tile(x, (1, q.shape[2] // kv_heads, *[1] * (x.ndim - 2)))  # noqa: E731
-    queries = encode_queries(_rows(q, kv_heads), variant)
+    queries = encode_queries(to_rows(q, kv_heads), variant)
     blocks = encode_blocks(k, v, variant)
     out = blocked_attention(queries, blocks, tile(slot // BLOCK), take(k), take(v), tile(seen), variant)
-    return _back(out, q)
+    return from_rows(out, q)
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
@@ -332,14 +301,14 @@ def _kernel(q, q_codes, q_scale, q_mean, k_codes, k_scale, k_mean, v_codes, v_sc
             weighted = lambda w: _kernel_e4m3(w, v_codes[part, :], v_scale[one, :])  # noqa: E731
         else:
             weighted = lambda w: _kernel_dot(w, v_codes[part, :].astype(jnp.float32), 0) * v_scale[one, :]  # noqa: E731
-        return _online(state, logits, weighted)
+        return online.tile(state, logits, weighted)
 
-    nothing = jnp.full((rows.shape[0], 1), _HIDDEN), jnp.zeros((rows.shape[0], 1)), jnp.zeros(rows.shape)
+    nothing = jnp.full((rows.shape[0], 1), HIDDEN), jnp.zeros((rows.shape[0], 1)), jnp.zeros(rows.shape)
     state = lax.fori_loop(0, pl.program_id(1), tile, nothing)
     shape = (rows.shape[0], BLOCK)
     seen = lax.broadcasted_iota(jnp.int32, shape, 1) <= lax.broadcasted_iota(jnp.int32, shape, 0) % BLOCK
-    logits = jnp.where(seen, _kernel_dot(rows, k[...], 1), _HIDDEN)
-    _, total, done = _online(state, logits, lambda w: _kernel_dot(w, v[...], 0))
+    logits = jnp.where(seen, _kernel_dot(rows, k[...], 1), HIDDEN)
+    _, total, done = online.tile(state, logits, lambda w: _kernel_dot(w, v[...], 0))
     out[...] = done / total
 
 
@@ -368,7 +337,7 @@ def kernel(q: Array, k: Array, v: Array, variant: Variant = SAGE8, interpret: bo
     full, k, v = _padded(q), _padded(k), _padded(v)
     number, rows = full.shape[1] // BLOCK, groups * BLOCK
     parts = jnp.moveaxis(full.reshape(batch, number, BLOCK, heads, width), 1, 0)
-    queries = jax.vmap(lambda part: encode_queries(_rows(part, kv_heads), variant))(parts)
+    queries = jax.vmap(lambda part: encode_queries(to_rows(part, kv_heads), variant))(parts)
     queries = jax.tree.map(lambda x: x.transpose(1, 2, 0, 3, 4), queries)  # [B, K, N, R, ...]
     blocks = jax.tree.map(lambda x: x.swapaxes(1, 2), encode_blocks(k, v, variant))  # [B, K, N, ...]
     flat = lambda x: x.reshape(batch * kv_heads, *x.shape[2:])  # noqa: E731

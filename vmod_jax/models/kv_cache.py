@@ -16,6 +16,7 @@ from jax import Array
 
 from vmod_jax.compression import forms
 from vmod_jax.compression.forms import CACHES, LayerCache
+from vmod_jax.models.attention import cache_attention
 
 
 class Cache(NamedTuple):
@@ -26,9 +27,14 @@ class Cache(NamedTuple):
     frames: Array
 
 
-def make_cache(slots: Sequence[int], batch: int, kv_heads: int, head_dim: int, dtype, form: str = "float") -> Cache:
-    """An empty cache. slots: of a row, for each layer; form: a name of `compression.forms.CACHES`."""
-    layers = tuple(CACHES[form].make(size, batch, kv_heads, head_dim, dtype) for size in slots)
+def make_cache(
+    slots: Sequence[int], batch: int, kv_heads: int, head_dim: int, dtype, form: str = "float", chunk: int = 512
+) -> Cache:
+    """An empty cache. slots: of a row, for each layer; form: a name of `compression.forms.CACHES`.
+
+    chunk: the most tokens that are written at once, for forms that keep room for them.
+    """
+    layers = tuple(CACHES[form].make(size, batch, kv_heads, head_dim, dtype, chunk) for size in slots)
     return Cache(layers, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
 
@@ -46,13 +52,24 @@ def read(layer: LayerCache) -> tuple[Array, Array]:
     return forms.form(layer).read(layer)
 
 
+def attend(layer: LayerCache, q: Array, k: Array, v: Array, used: Array, backend: str = "auto") -> Array:
+    """Attention of a chunk that was written, to the first `used: i32[B]` slots and to itself: see `cache_attention`.
+
+    backend: of caches of floats; others have a way of their own, beside the "reference".
+    """
+    own = forms.form(layer).attend
+    if own is not None and backend != "reference":
+        return own(layer, q, used)
+    return cache_attention(q, k, v, *read(layer), used, backend)
+
+
 def advance(cache: Cache, kept: Sequence[int], n: int, length: Array, frames: Array) -> Cache:
     """Counts a chunk that all layers have written: `length: i32[B]` tokens, among them `frames: i32[B]` of n tokens.
 
     kept: tokens a frame that each layer holds.
     """
     layers = tuple(
-        layer._replace(used=layer.used + length - frames * (n - k)) for layer, k in zip(cache.layers, kept, strict=True)
+        forms.form(layer).advance(layer, length - frames * (n - k)) for layer, k in zip(cache.layers, kept, strict=True)
     )
     return Cache(layers, cache.position + length, cache.frames + frames)
 
@@ -64,9 +81,17 @@ def grow(cache: Cache, slots: Sequence[int]) -> Cache:
 
 
 def roll_back(cache: Cache, position: Array, frames: Array) -> Cache:
-    """Forgets every token at `position: i32[B]` or later; `frames: i32[B]` remain. Never cuts inside a frame."""
+    """Forgets every token at `position: i32[B]` or later; `frames: i32[B]` remain. Never cuts inside a frame.
+
+    Right as far back as `exact_from`.
+    """
     layers = tuple(forms.form(layer).roll_back(layer, position) for layer in cache.layers)
     return Cache(layers, jnp.asarray(position), jnp.asarray(frames))
+
+
+def exact_from(cache: Cache) -> Array:
+    """The earliest position to which each row can be rolled back: i32[B]."""
+    return jnp.max(jnp.stack([forms.form(layer).exact_from(layer) for layer in cache.layers]), 0)
 
 
 def num_bytes(cache: Cache) -> int:

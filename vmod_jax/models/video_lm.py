@@ -275,10 +275,10 @@ def init_params(config: VideoLMConfig, key: Array) -> Any:
     return VideoLM(config).init(key, ids, dummy_frames(config))["params"]
 
 
-def make_cache(config: VideoLMConfig, frames: int, text: int, batch: int = 1) -> Cache:
-    """An empty cache with room for `frames` frames and `text` text tokens a row."""
-    c, slots = config.llama, cache_slots(config, frames, text)
-    return kv_cache.make_cache(slots, batch, c.num_key_value_heads, c.head_dim, DTYPES[config.dtype], config.cache)
+def make_cache(config: VideoLMConfig, frames: int, text: int, batch: int = 1, chunk: int = 512) -> Cache:
+    """An empty cache with room for `frames` frames and `text` text tokens a row, fed in chunks of at most `chunk`."""
+    c, slots, dtype = config.llama, cache_slots(config, frames, text), DTYPES[config.dtype]
+    return kv_cache.make_cache(slots, batch, c.num_key_value_heads, c.head_dim, dtype, config.cache, chunk)
 
 
 def cache_slots(config: VideoLMConfig, frames: int, text: int) -> list[int]:
