@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # The first Python that runs (a name on PATH may be an empty pyenv shim), has a lock and can make an environment.
 find_python() {
   local name
-  for name in python3.12 python3.11 python3 python; do
+  for name in python3.12 python3.13 python3.11 python3 python; do
     if "$name" -c '
 import ensurepip, os, sys, venv
 sys.exit(not os.path.exists("requirements/py%d%d.txt" % sys.version_info[:2]))' 2>/dev/null; then
@@ -16,7 +16,7 @@ sys.exit(not os.path.exists("requirements/py%d%d.txt" % sys.version_info[:2]))' 
       return
     fi
   done
-  echo "No usable Python found: install Python 3.11 or 3.12 with its venv module (python3.12 and python3.12-venv)." >&2
+  echo "No usable Python found: install Python 3.11, 3.12 or 3.13 with its venv module (python3.12 and python3.12-venv)." >&2
   return 2
 }
 

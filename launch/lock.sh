@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the locks anew, one for each minor version of Python: requirements/py311.txt, requirements/py312.txt.
+# Makes the locks anew, one for each minor version of Python: requirements/py311.txt to py313.txt.
 # usage: bash launch/lock.sh [--upgrade]        needs uv (pip install uv)
 #
 # A lock is a pip constraints file: it holds every package that the base and the extras serve, dev and torch need on
@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-for minor in 11 12; do
+for minor in 11 12 13; do
   lock=requirements/py3$minor.txt
   new=$(mktemp)
   pins=$(mktemp)

@@ -35,7 +35,9 @@ def caches(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VMOD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+        compiled = str(tmp_path_factory.mktemp("compiled"))
+        jax.config.update("jax_compilation_cache_dir", compiled)
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", compiled)  # of commands in processes of their own
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         yield

@@ -10,6 +10,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from vmod_jax.errors import UserError
 from vmod_jax.models.flops import LLAMA_3_8B
 from vmod_jax.models.video_lm import VideoLMConfig
 from vmod_jax.performance import aot
@@ -22,17 +23,18 @@ from vmod_jax.training.step import abstract_state
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GIB = 2**30
 
-# chips, GiB of each, tokens a frame, positions of the model that it starts from, the compile that its docstring quotes
+# rows of configs/llama3_8b.py: chips, GiB of each, tokens a frame, positions of the model that it starts from, the
+# compile that the docstring quotes
 MACHINES = {
-    "ego4d_v5e_16": (16, 16, 10, 8192, "8b-v5e-16-600x10"),
-    "llama3_8b_v6e_8": (8, 32, 10, 8192, "8b-v6e-8-600x10"),
-    "llama3_8b_v5p_8": (4, 95, 50, 131072, "8b-v5p-8-1200x50"),
-    "llama3_8b_h100_8": (8, 79, 10, 8192, "8b-h100-8-600x10"),
+    "v5e_16": (16, 16, 10, 8192, "8b-v5e-16-600x10"),
+    "v6e_8": (8, 32, 10, 8192, "8b-v6e-8-600x10"),
+    "v5p_8": (4, 95, 50, 131072, "8b-v5p-8-1200x50"),
+    "h100_8": (8, 79, 10, 8192, "8b-h100-8-600x10"),
 }
 
 
 def load(name):
-    config, _ = parse(["--config", str(CONFIGS / f"{name}.py"), "--workdir", "run"])
+    config, _ = parse(["--config", name, "--workdir", "run"])
     return complete(config)
 
 
@@ -49,16 +51,35 @@ def make_model(config, tokens):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))
 def test_it_is_complete_and_says_how_to_run_it(name):
-    assert load(name).steps >= 1
-    text = (CONFIGS / f"{name}.py").read_text()
-    assert f"--config configs/{name}.py --workdir " in text.split('"""')[1]
+    rows = [f"{name}:{row}" for row in MACHINES] if name == "llama3_8b" else [name]
+    for row in rows:
+        assert load(row).steps >= 1
+    said = (CONFIGS / f"{name}.py").read_text().split('"""')[1]
+    assert re.search(rf"--config configs/{name}\.py(:\w+)? --workdir ", said)
+
+
+def test_a_bare_name_is_a_file_that_comes_with_the_package(tmp_path, monkeypatch):
+    assert load(str(CONFIGS / "tiny.py")) == load("tiny")
+    assert load("papers/lta").data.max_frames == 600
+    assert parse(["--config=tiny", "--workdir=run"])[0].steps == 40
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()  # a workdir of that name is none
+    assert load("tiny").steps == 40
+    with pytest.raises(UserError, match="--config nothing: no such file"):
+        load("nothing")
+
+
+@pytest.mark.parametrize("row", ["", ":v4_8"])
+def test_a_machine_that_is_none_is_said(row):
+    with pytest.raises(UserError, match="is none of v5e_16, v6e_8, h100_8, v5p_8"):
+        load(f"llama3_8b{row}")
 
 
 @pytest.fixture(params=sorted(MACHINES))
 def machine(request, monkeypatch):
     """(config, mesh, row of MACHINES), the mesh made as on that machine."""
     chips = MACHINES[request.param][0]
-    config = load(request.param)
+    config = load(f"llama3_8b:{request.param}")
     abstract = lambda sizes, names, **_: AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))  # noqa: E731
     monkeypatch.setattr(jax, "make_mesh", abstract)
     monkeypatch.setattr(jax, "device_count", lambda: chips)
@@ -111,11 +132,13 @@ def test_the_compile_that_it_quotes_is_its_own(machine):
 
 @pytest.mark.parametrize("name", sorted(MACHINES))
 def test_what_it_quotes_of_the_compile_is_in_the_results(name):
-    text = (CONFIGS / f"{name}.py").read_text()
-    quoted = re.search(r"`vmod bench aot [\w -]+` says ([\d.]+) of (\d+) GiB a \w+ \(full: ([\d.]+)\)", text)
-    (path,) = re.findall(r"\((docs/results/aot-[\w-]+\.json)\)", text)
-    assert quoted
-    compiles = json.loads((CONFIGS.parent / path).read_text())["compiles"]
-    assert {entry["case"] for entry in compiles} == {MACHINES[name][-1]}
+    text = (CONFIGS / "llama3_8b.py").read_text()
+    chips, _, tokens, _, case = MACHINES[name]
+    (row,) = re.findall(rf"\n    {name} .*", text)
+    (path,) = re.findall(rf"aot-(?:quick-)?{case}\.json", text)
+    compiles = json.loads((CONFIGS.parent / "docs" / "results" / path).read_text())["compiles"]
+    assert {entry["case"] for entry in compiles} == {case}
     total = {entry["policy"]: entry["total_bytes"] / GIB for entry in compiles}
-    assert quoted.groups() == (f"{total['mod']:.1f}", f"{compiles[0]['hbm_bytes'] // GIB}", f"{total['full']:.1f}")
+    assert row.split()[-3:] == [f"{total['mod']:.1f}", f"{total['full']:.1f}", f"{compiles[0]['hbm_bytes'] // GIB}"]
+    frames = load(f"llama3_8b:{name}").data.max_frames
+    assert re.search(rf" {chips}   {frames} x {tokens} ", row)

@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vmod_jax"
 # From the cellar to the roof: a room imports rooms above it in this list and no others. Files that lie beside the rooms
 # are rooms of their own.
 ORDER = (
-    "errors", "compression", "models", "workdir", "caches", "data", "training", "weights", "streaming", "lm", "",
-    "evaluation", "study", "report", "performance", "commands", "__main__",
+    "errors", "machine", "caches", "compression", "models", "workdir", "data", "training", "weights", "streaming", "lm",
+    "", "evaluation", "study", "report", "performance", "commands", "__main__",
 )  # fmt: skip
 
 # Beside the order, what a room must do without although it lies below.

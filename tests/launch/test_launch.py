@@ -87,6 +87,16 @@ class World:
         return [json.loads(line) for line in lines]
 
 
+def wait_until(condition, process, seconds=30):
+    """Until the condition holds; fails, with what was written, where the process ends before or takes too long."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            pytest.fail(f"ended with {process.returncode} or waited too long: {process.communicate()}")
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def world(tmp_path):
     return World(tmp_path)
@@ -190,8 +200,7 @@ def test_tpu_interrupted(world):
     world.answers(list=["ACTIVE"])
     process = world.start("tpu.sh", *TPU, *COMMAND)
     calls = world.folder / "bin" / "calls.jsonl"
-    while not (calls.exists() and '"run"' in calls.read_text()):
-        time.sleep(0.05)
+    wait_until(lambda: calls.exists() and '"run"' in calls.read_text(), process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 143
     last = process.communicate()[1].strip().splitlines()[-1]
@@ -270,8 +279,7 @@ def test_gpu_passes_sigterm_on_and_stops(world):
     ready = world.folder / "ready"
     script = f"trap 'sleep 1; echo saved; exit 75' TERM; touch {ready}; while true; do sleep 0.1; done"
     process = world.start("gpu.sh", "bash", "-c", script)
-    while not ready.exists():
-        time.sleep(0.05)
+    wait_until(ready.exists, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 75
@@ -332,3 +340,13 @@ def test_gpu_dry_run(world, mode):
     assert world.calls() == []
     expected = {"here": "+ vmod", "slurm": "+ sbatch --nodes=2 launch/slurm.sh vmod", "job": "+ srun vmod"}[mode]
     assert expected in [line.strip() for line in text.splitlines()]
+
+
+def test_tests_run_in_another_environment_as_it_is(world):
+    """Nothing is installed, the checkout's package is found, and pytest's options are passed on."""
+    note = f'#!/bin/sh\nprintf "%s " "$PYTHONPATH" "$@" >{world.folder}/said\n'
+    world.program(world.folder / "other", note)
+    assert world.run("test.sh", "--with", str(world.folder / "other"), "--all", "-k", "one two", PYTHONPATH="")[0] == 0
+    assert (world.folder / "said").read_text() == f"{ROOT} -m pytest --all -k one two "
+    assert world.calls() == []
+    assert world.run("test.sh", "--with")[:2] == (2, "test.sh: --with needs a Python")

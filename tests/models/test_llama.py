@@ -12,6 +12,7 @@ from vmod_jax.errors import UserError
 from vmod_jax.models.depth import make_policy
 from vmod_jax.models.llama import LlamaConfig, RopeScaling, low_rank, rope_frequencies
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params
+from vmod_jax.performance.jaxprs import stacked
 
 CONFIG = VideoLMConfig(
     llama=LlamaConfig(64, 64, 128, 8, 4, 2, 16),
@@ -33,11 +34,9 @@ def saved_between_layers(policy: str) -> int:
     def loss(params):
         return VideoLM(config).apply({"params": params}, ids, features, method="hidden")[0].sum()
 
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(params)
-    forward = next(e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan")
-    stacked = [v.aval for v in forward.outvars[forward.params["num_carry"] :]]
     width = CONFIG.llama.hidden_size
-    return sum(a.size * a.dtype.itemsize for a in stacked if a.dtype == jnp.float32 and a.shape[-1:] == (width,))
+    kept = stacked(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+    return sum(a.size * a.dtype.itemsize for a in kept if a.dtype == jnp.float32 and a.shape[-1:] == (width,))
 
 
 def test_a_routed_layers_checkpoint_saves_its_compacted_input():

@@ -7,12 +7,12 @@ import importlib
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from vmod_jax.models import attention
 from vmod_jax.models.depth import make_policy
 from vmod_jax.models.llama import REMAT, LlamaConfig
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params
+from vmod_jax.performance.jaxprs import equations
 
 CONFIG = VideoLMConfig(
     llama=LlamaConfig(64, 32, 64, 16, 4, 2, 8),
@@ -34,14 +34,6 @@ def gradient(remat, **changes):
         return VideoLM(config).apply({"params": params}, ids, features, method="hidden")[0].sum()
 
     return jax.grad(loss), params
-
-
-def equations(jaxpr):
-    """Of a jaxpr and of all within it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 def attention_products(remat, backend):

@@ -6,6 +6,7 @@ import pytest
 
 from vmod_jax.commands import bench as command
 from vmod_jax.errors import UserError
+from vmod_jax.machine import describe_machine, machine_line
 from vmod_jax.performance import harness as bench
 
 
@@ -102,7 +103,7 @@ def test_a_table_says_where_and_how_times_were_taken(capsys):
     header, _, line, machine = capsys.readouterr().out.splitlines()
     assert header.split() == ["s", "baseline", "ratio", "formula", "spread", "dtype", "remat"]
     assert line.split() == ["timed", "3", "4", "0.750", "0.700", "0.010", "float32", "full"]
-    assert machine == f"on {bench.machine_line(bench.describe_machine())}"
+    assert machine == f"on {machine_line(describe_machine())}"
     assert "jax devices: cpu" in machine
 
 

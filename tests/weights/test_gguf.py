@@ -119,9 +119,9 @@ def test_every_quantisation_is_the_packages_own_to_the_bit(tmp_path, kind):
 def test_logits_equal_transformers_reading_the_same_file(tmp_path, arch, kind, tied):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
-    from vmod_jax.convert import import_folder
 
     import vmod_jax
+    from vmod_jax.weights.convert import import_folder
 
     folder = tmp_path
     path = write(folder / "m.gguf", tiny(arch, kind, tied), metadata(arch) | {f"{arch}.vocab_size": V}, arch)

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from vmod_jax.convert import export_folder, import_folder
 
 import vmod_jax
 from vmod_jax.models.llama import LlamaConfig
+from vmod_jax.weights.convert import export_folder, import_folder
 from vmod_jax.weights.huggingface import LLAMA_MODULES, TensorReader, llama_shapes
 
 torch = pytest.importorskip("torch")

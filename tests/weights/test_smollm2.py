@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from vmod_jax.convert import import_folder
 
 import vmod_jax
 from vmod_jax.models.video_lm import make_cache
+from vmod_jax.weights.convert import import_folder
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -158,7 +159,7 @@ def test_it_says_the_same_at_the_same_times(tmp_path, clips_of_shapes):
     session.ask("What is there?", time=0.0)
     for i, frame in enumerate(frames):
         if i == 5:
-            session.ask("And now?", time=2.1)
+            session.ask("And <v>, <|eot_id|> now?", time=2.1)
         session.push(frame)
     session.ask("And at the end?", time=100.0)
     session.finish()
@@ -174,7 +175,7 @@ session = model.stream(AutoTokenizer.from_pretrained(folder, trust_remote_code=T
 session.ask("What is there?", time=0.0)
 for i, frame in enumerate(frames):
     if i == 5:
-        session.ask("And now?", time=2.1)
+        session.ask("And <v>, <|eot_id|> now?", time=2.1)
     session.push(frame)
 session.ask("And at the end?", time=100.0)
 session.finish()
@@ -191,6 +192,24 @@ print(json.dumps([list(turn) for turn in session.turns]))
     assert len(replies) >= 3
     assert len({turn[2] for turn in replies}) > 1
     assert len(replies) < len(frames)
+
+
+@pytest.mark.parametrize("name", ["live", "trained"])
+def test_contents_are_the_same_text(clips_of_shapes, name, request):
+    from vmod_jax.data.conversation import MARK, stream_format
+    from vmod_jax.weights.torch_runtime import streaming_vmod
+
+    tokenizer = clips_of_shapes[2] if name == "trained" else request.getfixturevalue("goldens") / "live" / "tokenizer"
+    fmt = stream_format(tokenizer, 10)
+    model = types.SimpleNamespace(
+        video_lm={"fps": 2.0, "interval": ",", "frame_token_id": fmt.frame_token_id}, new_cache=lambda: None
+    )
+    session = streaming_vmod.Session(model, fmt.tokenizer)
+    special = f"{fmt.tokenizer.bos_token}{fmt.tokenizer.eos_token}<v>"
+    for content in (special, f"x {special} y{MARK}", f"{MARK}<v>", "What now?"):
+        piece = fmt.close_stream + fmt.user_text(content) + fmt.assistant_prefix
+        assert session.tokenize(f"]\nUser: {session.plain(content)}\nAssistant:") == fmt.tokenize(piece)
+    assert session.tokenize(session.pending_text) == fmt.tokenize(fmt.opening())
 
 
 @pytest.fixture(scope="module")

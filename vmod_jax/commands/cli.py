@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from vmod_jax import __version__
+from vmod_jax.caches import keep_compiled_programs
 from vmod_jax.errors import UserError
 
 
@@ -31,6 +32,7 @@ COMMANDS = {
     "export": Command("convert", "export_main", "a workdir -> Hugging Face, PEFT or PyTorch"),
     "table": Command("table", "main", "the rows of a table of the paper, trained and scored with seeds"),
     "bench": Command("bench", "main", "how fast, and in how much memory, beside a peer"),
+    "env": Command("env", "main", "versions, devices, caches, what is missing: what a bug report needs"),
 }
 
 USAGE = "\n".join(
@@ -40,6 +42,9 @@ USAGE = "\n".join(
         "usage: vmod COMMAND [OPTIONS]    (vmod COMMAND --help)",
         "",
         *(f"  {name:<10}{command.about}" for name, command in COMMANDS.items()),
+        "",
+        "Compiled programs are kept in ~/.cache/vmod_jax/compiled (VMOD_CACHE moves that folder,",
+        "JAX_COMPILATION_CACHE_DIR them alone); JAX_ENABLE_COMPILATION_CACHE=false keeps none.",
     ]
 )
 
@@ -60,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         for noisy in ("jax", "absl", "orbax", "grain", "httpx"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        keep_compiled_programs()
         command = COMMANDS[name]
         module = importlib.import_module(f"vmod_jax.commands.{command.module}")
         return getattr(module, command.function)(rest) or 0

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from vmod_jax.compression.forms import CACHES
 from vmod_jax.data.conversation import NARRATION_INSTRUCTION
 from vmod_jax.errors import ArgumentParser, UserError
 from vmod_jax.lm import LanguageModel, load
@@ -18,6 +19,7 @@ def add_session_arguments(parser: ArgumentParser, width: int) -> None:
     parser.add_argument(
         "--prefill", type=int, default=width, metavar="M", help="frames computed in one call (%(default)s)"
     )
+    parser.add_argument("--cache", choices=CACHES, help="form of keys and values (default: as the model is recorded)")
     parser.add_argument("--int8", action="store_true", help="decoder weights of 8 bits: half the memory to read")
 
 
@@ -31,5 +33,5 @@ def session_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_for_streams(args: argparse.Namespace) -> LanguageModel:
     """The model of `add_session_arguments` as streams run on it; what it is made of does not stay."""
-    lm = load(args.workdir)
+    lm = load(args.workdir, **({"cache": args.cache} if args.cache else {}))
     return lm.int8 if args.int8 else lm.merged

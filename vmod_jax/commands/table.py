@@ -12,6 +12,7 @@ from pathlib import Path
 from vmod_jax.errors import ArgumentParser, UserError
 from vmod_jax.study.rows import Row, chain, collect, markdown, run_row, write_results
 from vmod_jax.training.config import Config
+from vmod_jax.training.flags import find_config
 
 
 def read_table(path: Path) -> tuple[Config, dict[str, Row]]:
@@ -31,7 +32,8 @@ def read_table(path: Path) -> tuple[Config, dict[str, Row]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser("vmod table", description=__doc__)
-    parser.add_argument("tables", nargs="+", type=Path, metavar="FILE", help="of configs/tables/")
+    of = lambda name: Path(find_config(name))  # noqa: E731
+    parser.add_argument("tables", nargs="+", type=of, metavar="FILE", help="of configs/tables/, or tables/NAME")
     parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="where the runs live (%(default)s)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="these alone, with the bases they need")
     parser.add_argument("--seeds", nargs="+", type=int, help="these alone (default: as many as the table says)")

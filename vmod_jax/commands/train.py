@@ -3,25 +3,21 @@
 import sys
 from collections.abc import Sequence
 
-from vmod_jax.caches import keep_compiled_programs
 from vmod_jax.training import processes
 from vmod_jax.training.flags import parse
 from vmod_jax.training.loop import train
 
 USAGE = """usage: vmod train --config FILE --workdir DIR [--config.KEY=VALUE ...]
 
-Trains into DIR, or goes on from its last checkpoint. FILE is one of configs/; the keys are explained in
-vmod_jax/training/config.py, for instance --config.policy=full --config.optimizer.learning_rate=1e-3
+Trains into DIR, or goes on from its last checkpoint. FILE is one of configs/, as a path or a bare name ("tiny"); the
+keys are explained in vmod_jax/training/config.py, as in --config.policy=full --config.optimizer.learning_rate=1e-3
 
 On several hosts the same command runs in every process, with DIR in a folder that all of them see. On Cloud TPU and
 under Slurm's srun they find each other; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0),
 JAX_NUM_PROCESSES and JAX_PROCESS_ID. launch/tpu.sh and launch/gpu.sh do all this.
 
 exit codes: 0 done; 2 a mistake, said in one line; 75 stopped by SIGTERM (pre-emption), saved: run the same command
-again; 130 stopped by SIGINT (Ctrl-C), saved
-
-Compiled programs are kept in ~/.cache/vmod_jax/compiled: JAX_COMPILATION_CACHE_DIR moves them,
-JAX_ENABLE_COMPILATION_CACHE=false keeps none."""
+again; 130 stopped by SIGINT (Ctrl-C), saved"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,5 +29,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, workdir = parse(arguments)
     with processes.ended_by_sigterm():
         processes.join()
-        keep_compiled_programs()
         return train(config, workdir).exit_code

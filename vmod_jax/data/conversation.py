@@ -21,11 +21,12 @@ A conversation is a list of messages:
     {"role": "stream", "num_frames": int, "learn": bool | int}     an integer m: the first m frames
 
 Labels follow the structure, never a search in the text: frames are counted, a turn ends at its own eos, and a reply's
-first token is found by its character offset. A content that spells one of the tokenizer's special tokens would break
-that count, so it is written with a blank inside ("< v>"); any other content ("\\nAssistant:" too) is only text.
+first token is found by its character offset. Contents are text, whatever they spell: of a special token in them
+("<v>") its first character is followed by `MARK`, by which `tokenize` knows it from one that the dialogue is made of.
 """
 
 import re
+import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,7 @@ NARRATION_INSTRUCTION = (
 )
 SPECIAL_TOKEN = "a message contains a special token of the tokenizer; remove it from the text"
 IGNORE = -100  # the label of a position that is not learned
+MARK = "\ufdd0"  # never text's own (Unicode keeps it for such uses); one that is in a content is doubled
 
 
 class Sample(NamedTuple):
@@ -125,27 +127,86 @@ class StreamFormat:
         return f"{self.assistant_prefix} {self.plain(content)}{self.tokenizer.eos_token}"
 
     def plain(self, content: str) -> str:
-        """The content with a blank inside whatever would be read as a special token: "<v>" -> "< v>"."""
-        return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", content)
+        """The content as a part of the dialogue's text, with a `MARK` in whatever would be read as a special token."""
+        return self._starts.sub(rf"\g<first>{MARK}", content.replace(MARK, MARK + MARK))
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a piece of the dialogue that starts at a special token or right after one; nothing is added."""
         return self.tokenize_with_ends(text)[0]
 
     def tokenize_with_ends(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Token ids of a piece, and where in the text each token ends (i64[T], in characters)."""
+        """Token ids of a piece, and where in `unmarked(text)` each token ends (i64[T], in characters)."""
+        ids, ends, before = [], [], 0
+        for part in self._parts(text):
+            some, stops = (self._as_text if MARK in part else self._as_dialogue)(part)
+            ids += some
+            ends += [before + stop for stop in stops]
+            before += len(unmarked(part))
+        return ids, np.array(ends, np.int64)
+
+    def _parts(self, text: str) -> list[str]:
+        """Cuts a piece into texts between two special tokens that have a mark in them, and what is between those."""
+        if MARK not in text:
+            return [text]
+        parts = [""]
+        for run in self._special.split(text):  # text, special token, text, ...
+            if MARK in run:
+                parts += [run, ""]
+            else:
+                parts[-1] += run
+        return [part for part in parts if part]
+
+    def _as_dialogue(self, text: str) -> tuple[list[int], list[int]]:
+        """(ids, ends) of a part in which what spells a special token is one."""
         # Some tokenizers treat the very start of a text specially (a blank in front); a frame token put there and
         # dropped again makes every piece read as in mid-dialogue.
         out = self.tokenizer(
             self.frame_token + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        ends = np.array([end for _, end in out["offset_mapping"][1:]], np.int64) - len(self.frame_token)
-        return out["input_ids"][1:], ends
+        return out["input_ids"][1:], [end - len(self.frame_token) for _, end in out["offset_mapping"][1:]]
+
+    def _as_text(self, marked: str) -> tuple[list[int], list[int]]:
+        """(ids, ends) of a part in which nothing is a special token."""
+        tokenizer, begin = self._without_special_tokens
+        ids, ends = [], []
+        for parts in [marked], _CUT.split(marked):
+            ids, ends, before = [], [], 0
+            for part in map(unmarked, parts):
+                out = tokenizer.encode(begin + part, add_special_tokens=False)
+                ids += out.ids[1:]
+                ends += [before + end - len(begin) for _, end in out.offsets[1:]]
+                before += len(part)
+            # Vocabularies of SentencePiece hold special tokens as words: then they are cut behind their first letter.
+            if self._special_ids.isdisjoint(ids):
+                break
+        return ids, ends
+
+    @cached_property
+    def _without_special_tokens(self) -> tuple[Any, str]:
+        """The tokenizer with `split_special_tokens` on (in the one that threads share it would come and go), and a
+        token put in front, as `_as_dialogue` does, that no text can hold."""
+        from tokenizers import AddedToken, Tokenizer
+
+        tokenizer, begin = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str()), uuid.uuid4().hex
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        tokenizer.add_tokens([AddedToken(begin, normalized=False)])
+        return tokenizer, begin
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
 
     @cached_property
     def _special(self) -> re.Pattern:
-        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+        special = [self.tokenizer.added_tokens_decoder[id].content for id in self._special_ids]
+        return re.compile(f"({'|'.join(re.escape(token) for token in sorted(special, key=len, reverse=True))})")
+
+    @cached_property
+    def _starts(self) -> re.Pattern:
+        """The first character of a special token."""
+        return re.compile(f"(?={self._special.pattern})(?P<first>.)", re.DOTALL)
 
 
 class Turns(NamedTuple):
@@ -247,9 +308,22 @@ def stream_format(
     return fmt
 
 
+def unmarked(text: str) -> str:
+    """A piece of a dialogue as it reads, without the marks of `StreamFormat.plain`."""
+    return re.sub(f"{MARK}({MARK}?)", r"\1", text)
+
+
+_CUT = re.compile(f"(?<!{MARK}){MARK}(?!{MARK})")  # a mark that is no text of the content's own
+
+
 def render(conversation: list[dict], fmt: StreamFormat) -> str:
-    """The dialogue's text. UserError for a malformed message."""
-    return "".join(_pieces(conversation, fmt))
+    """The dialogue's text, to read (`encode` and `prompt_ids` make tokens of it). UserError for a malformed message."""
+    return unmarked("".join(_pieces(conversation, fmt)))
+
+
+def prompt_ids(conversation: list[dict], fmt: StreamFormat) -> list[int]:
+    """Tokens of everything up to a reply, `Assistant:` included."""
+    return fmt.tokenize("".join(_pieces(conversation, fmt)) + fmt.assistant_prefix)
 
 
 def encode(conversation: list[dict], fmt: StreamFormat) -> Encoded:
@@ -270,7 +344,7 @@ def encode(conversation: list[dict], fmt: StreamFormat) -> Encoded:
         raise UserError(SPECIAL_TOKEN)
 
     frame = reply = 0
-    char = len(pieces[0])
+    char = len(unmarked(pieces[0]))
     for message, piece in zip(messages, pieces[1:], strict=True):
         if message["role"] == "stream":
             for i in range(_learned(message)):
@@ -285,7 +359,7 @@ def encode(conversation: list[dict], fmt: StreamFormat) -> Encoded:
                 stop = reply_stop[reply] + 1
                 labels[first - 1 : stop - 1] = input_ids[first:stop]
             reply += 1
-        char += len(piece)
+        char += len(unmarked(piece))
     return Encoded(input_ids, labels, conversation)
 
 

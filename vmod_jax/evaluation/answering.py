@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vmod_jax.data.conversation import StreamFormat, render
+from vmod_jax.data.conversation import StreamFormat, prompt_ids
 from vmod_jax.evaluation.documents import Document
 from vmod_jax.evaluation.table import Respond, Task
 from vmod_jax.streaming.answers import Answers, Prompt
@@ -56,11 +56,6 @@ def texts(
         return batch
 
     return respond
-
-
-def prompt_ids(conversation: list[dict], fmt: StreamFormat) -> list[int]:
-    """Tokens of everything up to the reply, `Assistant:` included."""
-    return fmt.tokenize(render(conversation, fmt) + fmt.assistant_prefix)
 
 
 def _seeds(document: Document, candidates: int) -> list[int | None]:

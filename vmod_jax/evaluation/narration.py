@@ -103,7 +103,7 @@ def check_frames(lm: LanguageModel, streams: Streams) -> None:
     """Raises UserError where the model does not take frames such as these."""
     sample = streams.samples[0]
     shape = streams.frames(sample._replace(stop=sample.start + 1)).shape[1:]
-    n, width = lm.config.tokens_per_frame, lm.config.vision_hidden_size
+    n, width = lm.config.features_per_frame, lm.config.vision_hidden_size
     if len(shape) == 2 and shape != (n, width):
         raise UserError(f"the data's features are {list(shape)}, the model takes {[n, width]}: prepare them again")
     if len(shape) == 3 and lm.config.vision is None:

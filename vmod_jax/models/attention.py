@@ -19,12 +19,10 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from vmod_jax.compression.forms import NEVER
 from vmod_jax.models.placement import by_heads
 
 log = logging.getLogger(__name__)
-
-# The position of an empty cache slot: later than any query's, so it is never seen.
-NEVER = jnp.iinfo(jnp.int32).max
 
 # "auto" is the device's own: see `choose`.
 BACKENDS = ("auto", "reference", "blocked", "cudnn", "splash")

@@ -1,4 +1,7 @@
-"""The connector: vision features to the language model's width (paper, section 3.1)."""
+"""Connectors: vision features to the language model's width.
+
+A row of `CONNECTORS` is what `VideoLMConfig.connector` names.
+"""
 
 from typing import Any
 
@@ -10,7 +13,10 @@ from jax import Array
 
 
 class Connector(nn.Module):
-    """Linear -> GELU (exact, with erf) -> Linear, both with bias: [..., d_v] -> [..., d]. Parameters are float32."""
+    """Linear -> GELU (exact, with erf) -> Linear, both with bias: [..., d_v] -> [..., d]. Parameters are float32.
+
+    The paper's, section 3.1.
+    """
 
     size_in: int
     size_out: int
@@ -41,3 +47,9 @@ def pool(tokens: Array, grid: tuple[int, int], pooled: tuple[int, int]) -> Array
     square = tokens.reshape(*tokens.shape[:-2], *grid, tokens.shape[-1])
     square = jnp.einsum("iH,...HWd,jW->...ijd", rows, square, columns, precision=jax.lax.Precision.HIGHEST)
     return square.reshape(*tokens.shape[:-2], pooled[0] * pooled[1], tokens.shape[-1]).astype(tokens.dtype)
+
+
+# name: a module of (size_in, size_out, dtype) that is called with features [..., d_v] and gives tokens [..., d]
+CONNECTORS = {
+    "mlp": Connector,
+}

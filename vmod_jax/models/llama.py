@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from vmod_jax.errors import UserError, few, short
 from vmod_jax.models import context, kv_cache, layer_expert
-from vmod_jax.models.attention import NEVER, cache_attention, causal_attention, kept_by_remat
+from vmod_jax.models.attention import NEVER, causal_attention, kept_by_remat
 from vmod_jax.models.depth import LayerSpec, Policy, Segment, kept_counts, num_kept, segments
 from vmod_jax.models.kv_cache import Cache, LayerCache
 from vmod_jax.models.layout import Layout, Slots, add_rows, by_frame, compact, compaction_slots, take_frames, take_rows
@@ -591,7 +591,7 @@ def _attention(rows: _Rows, cache: LayerCache | None, position: Array, valid: Ar
     def cached(q, k, v):
         grown = kv_cache.write(cache, k, v, jnp.where(valid, position, NEVER))
         # What was in use before is read from the grown cache: reading the old one would keep it from being donated.
-        return cache_attention(q, k, v, grown.key, grown.value, cache.used, rows.attention), grown
+        return kv_cache.attend(grown, q, k, v, cache.used, rows.attention), grown
 
     return cached
 

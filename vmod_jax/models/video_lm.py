@@ -6,6 +6,7 @@ with a cache; both are the same function.
 
 import dataclasses
 import json
+from math import prod
 from typing import Any, NamedTuple
 
 import chex
@@ -14,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from vmod_jax.compression.forms import CACHES
+from vmod_jax.compression.mergers import MERGERS
 from vmod_jax.errors import UserError
 from vmod_jax.models import kv_cache
 from vmod_jax.models.attention import BACKENDS
-from vmod_jax.models.connectors import Connector, pool
+from vmod_jax.models.connectors import CONNECTORS, pool
 from vmod_jax.models.context import Beginning
 from vmod_jax.models.depth import LayerSpec, Policy, kept_counts
 from vmod_jax.models.kv_cache import Cache
@@ -54,7 +57,8 @@ class VideoLMConfig:
     newline_token_id: of a token whose embedding is not its row but `newline`, which closes a LLaVA's video
     policy: one LayerSpec a layer; gate, always_keep_last, router_seed: see `llama.Routing`
     shared_router: all routed layers choose by one LayerExpert, row 0 of the stacked ones
-    remat, attention: names of `llama.REMAT` and of `attention.BACKENDS`
+    remat, attention, connector, cache, merger: names of `llama.REMAT`, `attention.BACKENDS`, `connectors.CONNECTORS`,
+    `compression.forms.CACHES` and `compression.mergers.MERGERS`
     dtype: of the computation; param_dtype: of frozen base weights (LoRA, connector and experts are float32)
     """
 
@@ -79,6 +83,9 @@ class VideoLMConfig:
     pooled: tuple[int, int] | None = None
     newline_token_id: int | None = None
     form: str = "plain"
+    connector: str = "mlp"
+    cache: str = "float"
+    merger: str = "none"
 
     def __post_init__(self):
         if len(self.policy) != self.llama.num_hidden_layers:
@@ -87,6 +94,9 @@ class VideoLMConfig:
             ("gate", self.gate, GATES),
             ("remat", self.remat, REMAT),
             ("attention", self.attention, BACKENDS),
+            ("connector", self.connector, CONNECTORS),
+            ("cache", self.cache, CACHES),
+            ("merger", self.merger, MERGERS),
             ("dtype", self.dtype, DTYPES),
             ("param_dtype", self.param_dtype, DTYPES),
         ):
@@ -104,7 +114,8 @@ class VideoLMConfig:
 
     @property
     def tokens_per_frame(self) -> int:
-        return self.features_per_frame if self.pooled is None else self.pooled[0] * self.pooled[1]
+        """Tokens of a frame in the language model."""
+        return MERGERS[self.merger].count(prod(self.pooled) if self.pooled else self.features_per_frame)
 
     @property
     def routing(self) -> Routing:
@@ -151,7 +162,7 @@ class VideoLM(nn.Module):
         c = self.config
         expert_std = router_init_std(c.gate, c.llama.hidden_size)
         self.llama = Llama(c.llama, c.lora, DTYPES[c.param_dtype], expert_std, c.shared_router)
-        self.connector = Connector(c.vision_hidden_size, c.llama.hidden_size, DTYPES[c.dtype])
+        self.connector = CONNECTORS[c.connector](c.vision_hidden_size, c.llama.hidden_size, DTYPES[c.dtype])
         if c.vision is not None:
             self.vision = VisionTower(c.vision, cls=c.cls, grid=c.grid)
         if c.newline_token_id is not None:
@@ -178,9 +189,10 @@ class VideoLM(nn.Module):
             if self.is_initializing():
                 self.connector(jnp.zeros((1, self.config.vision_hidden_size)))
             return text
-        tokens = self.connector(self.features(frames)).astype(dtype)
+        tokens = self.connector(self.features(frames))
         if self.config.pooled is not None:
             tokens = pool(tokens, self.config.grid, self.config.pooled)
+        tokens = MERGERS[self.config.merger].merge(tokens.astype(dtype))
         tokens = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
         index = jnp.where(layout.vision >= 0, layout.vision, tokens.shape[1])
         vision = take_rows(tokens, index, invert(index, tokens.shape[1]))
@@ -263,10 +275,10 @@ def init_params(config: VideoLMConfig, key: Array) -> Any:
     return VideoLM(config).init(key, ids, dummy_frames(config))["params"]
 
 
-def make_cache(config: VideoLMConfig, frames: int, text: int, batch: int = 1) -> Cache:
-    """An empty cache with room for `frames` frames and `text` text tokens a row."""
-    c, slots = config.llama, cache_slots(config, frames, text)
-    return kv_cache.make_cache(slots, batch, c.num_key_value_heads, c.head_dim, DTYPES[config.dtype])
+def make_cache(config: VideoLMConfig, frames: int, text: int, batch: int = 1, chunk: int = 512) -> Cache:
+    """An empty cache with room for `frames` frames and `text` text tokens a row, fed in chunks of at most `chunk`."""
+    c, slots, dtype = config.llama, cache_slots(config, frames, text), DTYPES[config.dtype]
+    return kv_cache.make_cache(slots, batch, c.num_key_value_heads, c.head_dim, dtype, config.cache, chunk)
 
 
 def cache_slots(config: VideoLMConfig, frames: int, text: int) -> list[int]:

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vmod_jax.machine import cores
 from vmod_jax.models.attention import BACKENDS, apart, cache_attention, causal_attention, choose
 from vmod_jax.models.video_lm import DTYPES
-from vmod_jax.performance.harness import cores, interleave, pair, print_table, row
+from vmod_jax.performance.harness import interleave, pair, print_table, row
 from vmod_jax.performance.peer import available
 
 SIZES = (1536, 3072, 6144)

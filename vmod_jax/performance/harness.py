@@ -5,70 +5,15 @@ and stands beside `formula_ratio`, what the closed form of `models/flops.py` let
 """
 
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-# --- where and with what ----------------------------------------------------------------------------------------------
-
-
-def describe_machine() -> dict[str, Any]:
-    """Where a number was measured: {cpu, cores, memory_gib, system, devices: [kind], python}."""
-    import jax
-
-    return {
-        "cpu": _cpu_name(),
-        "cores": cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "devices": [device.device_kind for device in jax.devices()],
-        "python": platform.python_version(),
-    }
-
-
-def machine_line(machine: Mapping[str, Any]) -> str:
-    """What `describe_machine` says, for people."""
-    devices = ", ".join(dict.fromkeys(machine["devices"]))
-    return f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB; jax devices: {devices}"
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def describe_versions() -> dict[str, str]:
-    """Versions of this package and of what its numbers depend on, as far as they are installed."""
-    versions = {}
-    for name in ("vmod_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "peft", "torch", "av"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def describe_environment() -> dict[str, str]:
-    """The variables that change how fast a process is, as far as they are set: those of XLA, malloc and threads."""
-    names = ("XLA_", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_NUM")
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(names)}
-
+from vmod_jax.machine import describe_environment, describe_machine, describe_versions, machine_line
 
 # --- timing -----------------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from vmod_jax.errors import UserError
+from vmod_jax.machine import cores
 from vmod_jax.models.video_lm import VideoLMConfig
-from vmod_jax.performance import harness as bench
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Peer:
         import torch
         import transformers
 
-        torch.set_num_threads(bench.cores())
+        torch.set_num_threads(cores())
         c = config.llama
         self.config, self.torch = config, torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"

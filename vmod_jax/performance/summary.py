@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vmod_jax.errors import UserError
-from vmod_jax.performance.harness import machine_line
+from vmod_jax.machine import machine_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

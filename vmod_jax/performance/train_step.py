@@ -22,6 +22,7 @@ from vmod_jax.errors import UserError
 from vmod_jax.models.depth import FULL, segments
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig
 from vmod_jax.performance.harness import interleave, pair, print_table, row
+from vmod_jax.performance.jaxprs import stacked
 from vmod_jax.performance.peer import Peer, available, unless_full
 from vmod_jax.performance.setup import (
     Stream,
@@ -108,9 +109,7 @@ class Step:
     def carried_bytes(self) -> int:
         """Bytes that the forward pass keeps for the backward one, layer by layer: what its scans stack of floats."""
         jaxpr = jax.make_jaxpr(jax.grad(self.scalar))(self.state.trained, self.frozen, self.batch).jaxpr
-        scans = [e for e in jaxpr.eqns if e.primitive.name == "scan" and not e.params["reverse"]]
-        stacked = [v.aval for e in scans for v in e.outvars[e.params["num_carry"] :]]
-        return sum(a.size * a.dtype.itemsize for a in stacked if jnp.issubdtype(a.dtype, jnp.floating))
+        return sum(a.size * a.dtype.itemsize for a in stacked(jaxpr) if jnp.issubdtype(a.dtype, jnp.floating))
 
 
 class MatrixProducts:

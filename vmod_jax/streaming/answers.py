@@ -89,7 +89,8 @@ class Answers:
         frames = max(len(frames) for _, frames in rows)
         text = max(len(ids) - n * len(frames) for ids, frames in rows)
         # A piece is written with its padding behind it, which must fit for the last one too.
-        cache = make_cache(c, rung(frames + PIECE), rung(text + more + PIECE_TEXT), self.rows)
+        chunk = max(PIECE_TEXT + PIECE * n, more)
+        cache = make_cache(c, rung(frames + PIECE), rung(text + more + PIECE_TEXT), self.rows, chunk)
         for number in range(max(map(len, pieces))):
             ids = np.zeros((self.rows, PIECE_TEXT + PIECE * n), np.int32)
             length = np.zeros(self.rows, np.int32)

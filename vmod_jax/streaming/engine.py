@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from vmod_jax.compression.forms import CACHES
 from vmod_jax.errors import UserError
 from vmod_jax.models import kv_cache
 from vmod_jax.models.kv_cache import Cache
@@ -91,7 +92,8 @@ class Programs:
 class Engine:
     """The device side of one stream: text and frames go in, logits and replies come out.
 
-    announce: called with one line whenever the cache grows.
+    announce: called with one line whenever the cache grows; chunk: tokens of the longest call of `feed_frames`, for
+    caches that keep room for them.
     """
 
     def __init__(
@@ -102,13 +104,16 @@ class Engine:
         first_frames: int = 64,
         first_text: int = 256,
         announce: Callable[[str], None] = lambda line: None,
+        chunk: int = 0,
     ):
         self.programs, self.params, self.config = programs, params, programs.config
         self.max_frames, self.announce = max_frames, announce
         self.capacity = Mark(text=first_text, frames=min(first_frames, max_frames))
         self.used = Mark(0, 0)
         self.input_ids: list[int] = []  # everything the stream has been fed
-        self.cache = make_cache(self.config, self.capacity.frames, self.capacity.text)
+        self.text_chunks = [size for size in TEXT_CHUNKS if size <= CACHES[self.config.cache].longest]
+        chunk = max(chunk, frames_chunk(self.config.tokens_per_frame, 1, 0), self.text_chunks[-1])
+        self.cache = make_cache(self.config, self.capacity.frames, self.capacity.text, chunk=chunk)
 
     @property
     def cache_bytes(self) -> int:
@@ -146,15 +151,16 @@ class Engine:
         self.used = Mark(self.used.text + len(ids) - frames * n, self.used.frames + frames)
 
     def _text_chunk(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        size = next(size for size in TEXT_CHUNKS if size >= len(ids))
+        size = next(size for size in self.text_chunks if size >= len(ids))
         chunk = np.zeros((1, size), np.int32)
         chunk[0, : len(ids)] = ids
         return chunk, np.array([len(ids)], np.int32)
 
     def feed_text(self, ids: list[int]) -> None:
         """Appends text tokens of any number."""
-        for start in range(0, len(ids), TEXT_CHUNKS[-1]):
-            part = ids[start : start + TEXT_CHUNKS[-1]]
+        longest = self.text_chunks[-1]
+        for start in range(0, len(ids), longest):
+            part = ids[start : start + longest]
             self._reserve(len(part), 0)
             chunk, length = self._text_chunk(part)
             _, self.cache = self.programs.extend(self.params, self.cache, chunk, None, length, np.zeros(1, np.int32))
@@ -188,8 +194,16 @@ class Engine:
         return np.asarray(logits)[:count]
 
     def forget_frames(self, count: int, interval: list[int]) -> None:
-        """Rolls back over the last `count` frames, each with the interval before it."""
+        """Rolls back over the last `count` frames, each with the interval before it.
+
+        Raises UserError where the cache holds some of what must stay as codes that those frames went into.
+        """
         tokens = count * (self.config.tokens_per_frame + len(interval))
+        if len(self.input_ids) - tokens < (first := int(kv_cache.exact_from(self.cache)[0])):
+            raise UserError(
+                f"a cache of '{self.config.cache}' keeps {len(self.input_ids) - first} tokens as they were: it cannot "
+                f"go back {tokens}; take cache 'float'"
+            )
         del self.input_ids[len(self.input_ids) - tokens :]
         self.used = Mark(self.used.text - count * len(interval), self.used.frames - count)
         position, frames = np.array([len(self.input_ids)], np.int32), np.array([self.used.frames], np.int32)
@@ -197,7 +211,7 @@ class Engine:
 
     def generate(self, ids: list[int], eos: int, limit: int) -> tuple[list[int], bool]:
         """Appends text and decodes a reply greedily: -> (its tokens without eos, whether it ended by itself)."""
-        keep = len(ids) % TEXT_CHUNKS[-1] or TEXT_CHUNKS[-1]
+        keep = len(ids) % self.text_chunks[-1] or self.text_chunks[-1]
         self.feed_text(ids[:-keep])
         ids = ids[-keep:]
         self._reserve(len(ids) + limit, 0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from vmod_jax.data.conversation import DEFAULT_SYSTEM_PROMPT, StreamFormat
 from vmod_jax.errors import UserError
-from vmod_jax.streaming.engine import Engine, Programs
+from vmod_jax.streaming.engine import Engine, Programs, frames_chunk
 
 SNAP = 1e-6  # a question so close to a frame's time (in frames) is asked at that frame: seconds are not exact
 
@@ -52,7 +52,8 @@ class Session:
     ):
         if min(width, max_reply) < 1:
             raise UserError(f"width {width} and max_reply {max_reply} must be at least 1")
-        self.engine = Engine(programs, params, max_frames, announce=announce)
+        chunk = frames_chunk(programs.config.tokens_per_frame, width, len(fmt.interval_ids))
+        self.engine = Engine(programs, params, max_frames, announce=announce, chunk=chunk)
         self.fmt, self.fps = fmt, programs.config.fps
         self.threshold, self.max_reply, self.width = threshold, max_reply, width
         self.turns: list[Turn] = []

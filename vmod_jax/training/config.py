@@ -65,6 +65,9 @@ def defaults() -> Config:
     model.routed_layers = ()  # policy="explicit": these layers (from 0)
     model.selector = "learned"  # of the explicit policy
     model.attention = "auto"  # the device's kernel; or a name of models/attention.py
+    model.connector = "mlp"  # a name of models/connectors.py; of a new model
+    model.merger = "none"  # of a frame's tokens: a name of compression/mergers.py; of a new model
+    model.cache = "float"  # of streams: a name of compression/forms.py
     model.dtype = "float32"
     model.param_dtype = "float32"
 
@@ -211,6 +214,8 @@ def make_model(
         form=config.data.form or "plain",
         fps=config.data.fps,
         param_dtype=model.param_dtype,
+        connector=model.connector,
+        merger=model.merger,
         **method(config, llama.num_hidden_layers),
     )
 
@@ -230,5 +235,6 @@ def method(config: Config, num_layers: int) -> dict[str, Any]:
         "lora": LoraConfig(**model.lora.to_dict()),
         "remat": config.remat,
         "attention": model.attention,
+        "cache": model.cache,
         "dtype": model.dtype,
     }

@@ -71,7 +71,8 @@ def open_folder(
     elif raw.get("model_type") in llava.KINDS:
         config, arrays, form = llava.open_llava(path, raw, allow_nonfinite)
     else:
-        config, arrays = _open_llama(reader or TensorReader(path, allow_nonfinite), raw)
+        llama = LlamaConfig.from_hf_config(raw)  # a kind that is not supported is named before its weights are opened
+        config, arrays = _open_llama(reader or TensorReader(path, allow_nonfinite), llama, raw)
     tokenizer = tokenizer_folder(path)
     if tokenizer is not None and "v_placeholder_id" not in raw and raw.get("model_type") != MODEL_TYPE:
         config = dataclasses.replace(config, frame_token_id=_frame_token_id(tokenizer))
@@ -85,8 +86,7 @@ def open_folder(
     return Opened(config, arrays, tokenizer, ids | generation, form)
 
 
-def _open_llama(reader: TensorReader, raw: dict[str, Any]) -> tuple[VideoLMConfig, Params]:
-    llama = LlamaConfig.from_hf_config(raw)
+def _open_llama(reader: TensorReader, llama: LlamaConfig, raw: dict[str, Any]) -> tuple[VideoLMConfig, Params]:
     if (window := raw.get("sliding_window")) and raw.get("model_type") == "mistral":
         log.warning("sliding_window=%d is not computed: outputs are the original's up to that many tokens", window)
     arrays: Params = {"llama": hf.llama_arrays(reader, llama)}

@@ -9,17 +9,19 @@ The interval (",") after a frame means "stay silent"; where a model has none, eo
 """
 
 import re
+import uuid
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 
 SYSTEM = (
     "A multimodal AI assistant is helping users with some activities. Below is their conversation, interleaved with "
     "the list of video frames received by the assistant."
 )
 
+MARK = "\ufdd0"  # behind the first character of what spells a special token in a text; the text's own is doubled
 SNAP = 1e-6  # a question so close to a frame's time (in frames) is asked at that frame
 
 
@@ -47,8 +49,16 @@ class Session:
             token = AddedToken("<v>", special=True, normalized=False)
             tokenizer.add_tokens([token], special_tokens=True)
         self.tokenizer, self.frame_token = tokenizer, tokenizer.convert_ids_to_tokens(self.frame_id)
-        special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        self.special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+        special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        names = "|".join(re.escape(token) for token in sorted(special.values(), key=len, reverse=True))
+        self.special, self.special_ids = re.compile(f"({names})"), special.keys()
+        self.starts = re.compile(f"(?={names})(?P<first>.)", re.DOTALL)
+        # The same without special tokens, and a token to begin with that no text can hold.
+        self.texts, self.begin = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), uuid.uuid4().hex
+        self.texts.no_truncation()
+        self.texts.no_padding()
+        self.texts.encode_special_tokens = True
+        self.texts.add_tokens([AddedToken(self.begin, normalized=False)])
         self.interval_ids = self.tokenize(self.interval)
         self.interval_id = self.interval_ids[0] if self.interval else tokenizer.eos_token_id
 
@@ -105,12 +115,32 @@ class Session:
             self.answer(self.queries.pop(0))
 
     def plain(self, text):
-        """Text with a blank inside whatever would be read as a special token."""
-        return self.special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        """A text as a part of the dialogue, with marks in whatever would be read as a special token."""
+        return self.starts.sub(rf"\g<first>{MARK}", text.replace(MARK, MARK + MARK))
 
     def tokenize(self, text):
         """Ids of a piece of the dialogue, as in mid-text: some tokenizers treat a text's very start specially."""
+        parts = [""]
+        for run in self.special.split(text):  # text, special token, text, ...
+            if MARK in run:
+                parts += [run, ""]
+            else:
+                parts[-1] += run
+        return [id for part in parts if part for id in (self.text_ids if MARK in part else self.dialogue_ids)(part)]
+
+    def dialogue_ids(self, text):
         return self.tokenizer(self.frame_token + text, add_special_tokens=False).input_ids[1:]
+
+    def text_ids(self, marked):
+        """Ids of a part in which nothing is a special token."""
+        ids = []
+        for parts in [marked], re.split(f"(?<!{MARK}){MARK}(?!{MARK})", marked):
+            texts = [self.begin + re.sub(f"{MARK}({MARK}?)", r"\1", part) for part in parts]
+            ids = [id for text in texts for id in self.texts.encode(text, add_special_tokens=False).ids[1:]]
+            # Some vocabularies hold special tokens as words: then they are cut behind their first letter.
+            if self.special_ids.isdisjoint(ids):
+                break
+        return ids
 
     def show(self, frame):
         """Feeds a frame; -> whether the model wants to speak after it."""
