@@ -21,8 +21,8 @@ from vmod_jax.models.depth import Policy, make_policy
 from vmod_jax.models.experts import adapt, learned_layers, trained_layers
 from vmod_jax.models.llama import Routed
 from vmod_jax.models.video_lm import Output, VideoLM, VideoLMConfig, check_frames
-from vmod_jax.streaming.answering import Answer, Answerer, Question
 from vmod_jax.streaming.engine import Programs
+from vmod_jax.streaming.questions import Answer, Answerer, Question
 from vmod_jax.streaming.session import Session
 from vmod_jax.weights.folder import complete, load_tokenizer, open_folder
 
@@ -171,7 +171,8 @@ class LanguageModel:
             raise UserError("a question is about images or about a video, not both: give one of them")
         if video is not None:
             if not isinstance(video, str | Path):
-                return Question(text, np.asarray(video), id(video), tuple(options), begin)
+                array = np.asarray(video)
+                return Question(text, array, id(array), tuple(options), begin)
             read = partial(self._video_frames, Path(video), frames, span)
             return Question(text, read, (str(video), frames, span), tuple(options), begin)
         if images is None:
@@ -184,7 +185,7 @@ class LanguageModel:
     def answers(
         self, questions: Sequence[Question], by: str = "text", rows: int = 8, max_reply: int = 64
     ) -> list[Answer]:
-        """The answers to many questions, `rows` of them together; see `streaming.answering`.
+        """The answers to many questions, `rows` of them together; see `streaming.questions`.
 
         The frames of questions of one group are encoded and read once. by: "text" or "likelihood", as for `answer`.
         """

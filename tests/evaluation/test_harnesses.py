@@ -10,7 +10,7 @@ import pytest
 
 from vmod_jax.errors import UserError
 from vmod_jax.evaluation.shown import shown
-from vmod_jax.streaming.answering import Answer, Question
+from vmod_jax.streaming.questions import Answer, Question
 
 
 class Recorder:

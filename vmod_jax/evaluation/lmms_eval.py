@@ -11,7 +11,7 @@ from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 
 from vmod_jax.evaluation.shown import shown
 from vmod_jax.lm import load
-from vmod_jax.streaming.answering import Question
+from vmod_jax.streaming.questions import Question
 
 LIMIT = 64  # new tokens, where a task does not say
 

@@ -35,7 +35,7 @@ from vmod_jax.evaluation import (
 )
 from vmod_jax.evaluation.documents import Document, Responses, write_llava
 from vmod_jax.evaluation.table import Benchmark, Respond, Task
-from vmod_jax.streaming.answering import Question
+from vmod_jax.streaming.questions import Question
 
 SHORT, LONG = 16, 64  # new tokens of a letter, a yes or a count; of an open answer
 FRAMES = 64  # of a video, at most

@@ -7,7 +7,7 @@ from typing import Any
 from vmod_jax.data.streams import VIDEO_ENDINGS
 from vmod_jax.errors import UserError
 from vmod_jax.lm import LanguageModel
-from vmod_jax.streaming.answering import Question
+from vmod_jax.streaming.questions import Question
 
 
 def shown(lm: LanguageModel, text: str, seen: Sequence[Any], frames: int, begin: str = "") -> Question:

@@ -3,14 +3,15 @@
 A prompt is everything up to a reply: text, whole frames, text. What prompts share up to their last frame is computed
 once and the cache copied, so that ten questions about a video cost its frames once.
 
-    prefix    t t F F F F t F F F F      read in pieces of `PIECE` frames, a row a prompt, all rows at a time
-    suffix                          t t t    ->  reply, decoded until every row has reached eos or the limit
+    prefix    t t F F F F t F F F F      read in pieces of at most `PIECE` frames, a row a prefix, all rows at a time
+    suffix                          t t t    ->  reply, decoded until every row has reached eos or the limit,
+                                             or     the log P of given continuations
 
 Shapes depend on the prompts of the call alone: the same call gives the same bits, whatever was answered before.
 """
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,8 +46,22 @@ def rung(value: int, least: int = 16) -> int:
     return step
 
 
+def power(value: int) -> int:
+    """The next power of two; 0 for 0."""
+    return 1 << (value - 1).bit_length() if value else 0
+
+
+class Part(NamedTuple):
+    """At most `rows` prompts. numbers: which; cache: row i holds the prefix of numbers[i]; tails: what comes behind."""
+
+    numbers: list[int]
+    cache: Cache
+    tails: list[list[int]]
+    width: int
+
+
 class Answers:
-    """Answers prompts, `rows` at a time. `compiles` counts traces by name.
+    """Answers prompts, `rows` at a time. `compiles` counts traces by name, `encoded` the frames read so far.
 
     params: as streams take them (`LanguageModel.merged`).
     """
@@ -54,46 +69,67 @@ class Answers:
     def __init__(self, config: VideoLMConfig, params: Any, eos: int, rows: int = 8, temperature: float = 0.7):
         self.config, self.params, self.eos, self.rows, self.temperature = config, params, eos, rows, temperature
         self.model = VideoLM(config)
+        self.encoded = 0
         self.compiles: dict[str, int] = {}
         self._read = jax.jit(self._read_piece, donate_argnames="cache")
         self._take = jax.jit(lambda cache, index: jax.tree.map(lambda x: x[index], cache))
         self._decode = jax.jit(self._generate, static_argnames="limit", donate_argnames="cache")
+        self._score = jax.jit(self._likelihood)
 
     def __call__(self, prompts: Sequence[Prompt], limit: int = 64) -> list[list[int]]:
         """The tokens of each reply, without eos, at most `limit`."""
+        replies: dict[int, list[int]] = {}
+        for part in self._parts(prompts, limit):
+            said = self._reply(part, [prompts[number].seed for number in part.numbers], limit)
+            replies |= dict(zip(part.numbers, said, strict=True))
+        return [replies[number] for number in range(len(prompts))]
+
+    def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+        """log P of each of a prompt's options, token lists of at least one that would follow the prompt's tokens."""
+        most, longest = max(map(len, options)), max(len(ids) for own in options for ids in own)
+        most, longest = power(most), rung(longest, 4)
+        scores: dict[int, list[float]] = {}
+        for part in self._parts(prompts, longest):
+            tail, there = np.zeros((self.rows, most, longest), np.int32), np.zeros((self.rows, most), np.int32)
+            for row, number in enumerate(part.numbers):
+                for option, ids in enumerate(options[number]):
+                    tail[row, option, : len(ids)], there[row, option] = ids, len(ids)
+            found = np.asarray(self._score(self.params, part.cache, *self._suffixes(part), tail, there))
+            scores |= {number: found[row, : len(options[number])].tolist() for row, number in enumerate(part.numbers)}
+        return [scores[number] for number in range(len(prompts))]
+
+    def _parts(self, prompts: Sequence[Prompt], room: int) -> Iterator[Part]:
+        """The prompts, `rows` together; their caches have room for so many tokens behind them."""
         split = [_split(prompt, self.config.frame_token_id) for prompt in prompts]
         of: dict[Hashable, list[int]] = {}  # prefix -> its prompts
         for number, (prefix, _) in enumerate(split):
             of.setdefault((prompts[number].key, tuple(prefix)), []).append(number)
-        groups, replies = list(of.values()), {}
+        groups = list(of.values())
         for start in range(0, len(groups), self.rows):
             some = groups[start : start + self.rows]
             asked = [(row, number) for row, numbers in enumerate(some) for number in numbers]
-            suffix = rung(max(len(split[number][1]) for _, number in asked), 8)
-            cache = self._prefill([(split[n[0]][0], prompts[n[0]].frames) for n in some], suffix + limit)
+            width = rung(max(len(split[number][1]) for _, number in asked), 8)
+            cache = self._prefill([(split[n[0]][0], prompts[n[0]].frames) for n in some], width + room)
             for first in range(0, len(asked), self.rows):
-                part = asked[first : first + self.rows]
-                rows = [row for row, _ in part] + [0] * (self.rows - len(part))
-                tails = [split[number][1] for _, number in part]
-                seeds = [prompts[number].seed for _, number in part]
-                said = self._reply(self._take(cache, np.array(rows)), tails, seeds, suffix, limit)
-                replies |= dict(zip([number for _, number in part], said, strict=True))
-        return [replies[number] for number in range(len(prompts))]
+                rows, numbers = (list(x) for x in zip(*asked[first : first + self.rows], strict=True))
+                index = np.array(rows + [0] * (self.rows - len(rows)))
+                yield Part(numbers, self._take(cache, index), [split[number][1] for number in numbers], width)
 
     # --- the device side ----------------------------------------------------------------------------------------------
 
     def _prefill(self, rows: Sequence[tuple[Sequence[int], np.ndarray]], more: int) -> Cache:
-        """A cache of `self.rows` rows that holds the prefixes, with room for `more` text tokens."""
+        """A cache that holds a prefix a row, and perhaps empty rows, with room for `more` text tokens."""
         n, c = self.config.tokens_per_frame, self.config
         pieces = [list(_pieces(ids, frames, c.frame_token_id, n)) for ids, frames in rows]
         frames = max(len(frames) for _, frames in rows)
         text = max(len(ids) - n * len(frames) for ids, frames in rows)
+        batch, piece = power(len(rows)), min(PIECE, power(frames))
         # A piece is written with its padding behind it, which must fit for the last one too.
-        chunk = max(PIECE_TEXT + PIECE * n, more)
-        cache = make_cache(c, rung(frames + PIECE), rung(text + more + PIECE_TEXT), self.rows, chunk)
+        chunk = max(PIECE_TEXT + piece * n, more)
+        cache = make_cache(c, rung(frames + piece), rung(text + more + PIECE_TEXT), batch, chunk)
         for number in range(max(map(len, pieces))):
-            ids = np.zeros((self.rows, PIECE_TEXT + PIECE * n), np.int32)
-            length = np.zeros(self.rows, np.int32)
+            ids = np.zeros((batch, PIECE_TEXT + piece * n), np.int32)
+            length = np.zeros(batch, np.int32)
             shown: np.ndarray | None = None
             for row, own in enumerate(pieces):
                 if number >= len(own):
@@ -103,45 +139,45 @@ class Answers:
                 if len(part):
                     part = np.asarray(check_frames(c, part, lead=1))
                     if shown is None:
-                        shown = np.zeros((self.rows, PIECE, *part.shape[1:]), part.dtype)
+                        shown = np.zeros((batch, piece, *part.shape[1:]), part.dtype)
                     shown[row, : len(part)] = part
+                    self.encoded += len(part)
             cache = self._read(self.params, cache, ids, shown, length)
         return cache
 
     def _read_piece(self, params, cache: Cache, ids: Array, frames: Array | None, length: Array) -> Cache:
-        """Appends a piece to each row. ids: i32[B, C]; frames: [B, PIECE, ...] or None; length: i32[B], 0 for none."""
+        """Appends a piece to each row. ids: i32[B, C]; frames: [B, P, ...] or None; length: i32[B], 0 for none."""
         self.compiles["read"] = self.compiles.get("read", 0) + 1
         *_, cache = self._apply(params)(ids, frames, length, cache, method="hidden")
         return cache
 
-    def _reply(
-        self, cache: Cache, tails: Sequence[Sequence[int]], seeds: Sequence[int | None], width: int, limit: int
-    ) -> list[list[int]]:
-        ids = np.zeros((self.rows, width), np.int32)
-        length = np.ones(self.rows, np.int32)
-        heat = np.zeros(self.rows, np.float32)
-        keys = np.zeros(self.rows, np.uint32)
-        for row, (tail, seed) in enumerate(zip(tails, seeds, strict=True)):
+    def _suffixes(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """(i32[rows, width], i32[rows]): the tails, padded; rows without a prompt hold one token."""
+        ids, length = np.zeros((self.rows, part.width), np.int32), np.ones(self.rows, np.int32)
+        for row, tail in enumerate(part.tails):
             ids[row, : len(tail)], length[row] = tail, len(tail)
+        return ids, length
+
+    def _reply(self, part: Part, seeds: Sequence[int | None], limit: int) -> list[list[int]]:
+        ids, length = self._suffixes(part)
+        heat, keys = np.zeros(self.rows, np.float32), np.zeros(self.rows, np.uint32)
+        for row, seed in enumerate(seeds):
             heat[row], keys[row] = (0, 0) if seed is None else (self.temperature, seed % 2**32)
-        live = np.arange(self.rows) < len(tails)
-        out, count, _ = self._decode(self.params, cache, ids, length, live, heat, keys, np.int32(self.eos), limit=limit)
+        live = np.arange(self.rows) < len(part.numbers)
+        eos = np.int32(self.eos)
+        out, count, _ = self._decode(self.params, part.cache, ids, length, live, heat, keys, eos, limit=limit)
         out, count = jax.device_get((out, count))
-        return [out[row, : count[row]].tolist() for row in range(len(tails))]
+        return [out[row, : count[row]].tolist() for row in range(len(part.numbers))]
 
     def _generate(self, params, cache: Cache, ids, length, live, heat, keys, eos, limit: int):
         """Appends the suffixes, then decodes row by row: -> (i32[B, limit] tokens, i32[B] how many before eos,
         the cache, which is updated in place)."""
         self.compiles["generate"] = self.compiles.get("generate", 0) + 1
-        apply = self._apply(params)
         keys = jax.vmap(jax.random.key)(keys)
 
         def extend(cache, ids, length, step):
-            hidden, _, cache = apply(ids, None, length, cache, method="hidden")
-            last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-            logits = apply(last, method="logits")
-            # A padded vocabulary may have a row for the frame token; a reply cannot show a frame.
-            logits = jnp.where(jnp.arange(logits.shape[-1]) == self.config.frame_token_id, -jnp.inf, logits)
+            hidden, _, cache = self._apply(params)(ids, None, length, cache, method="hidden")
+            logits = self._logits(params, _last(hidden, length))
             noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:]))(keys)
             return jnp.argmax(logits + heat[:, None] * noise, axis=-1).astype(jnp.int32), cache
 
@@ -165,8 +201,34 @@ class Answers:
         state = jax.lax.while_loop(lambda s: s[4].any() & (s[5] < limit), step, state)
         return state[2], state[3], state[0]
 
+    def _likelihood(self, params, cache: Cache, ids: Array, length: Array, tail: Array, there: Array) -> Array:
+        """tail: i32[B, O, R] tokens of each option behind a suffix, of which `there: i32[B, O]` -> f32[B, O] log P."""
+        self.compiles["score"] = self.compiles.get("score", 0) + 1
+        hidden, _, cache = self._apply(params)(ids, None, length, cache, method="hidden")
+        batch, options, size = tail.shape
+        first = jax.nn.log_softmax(self._logits(params, _last(hidden, length)))
+        total = jnp.take_along_axis(first, tail[:, :, 0], axis=-1)
+        # An option is a row on a copy of its prompt's; all but its last token are fed.
+        flat, fed = tail.reshape(-1, size), jnp.maximum(there.reshape(-1) - 1, 0)
+        cache = jax.tree.map(lambda x: jnp.repeat(x, options, axis=0), cache)
+        hidden, *_ = self._apply(params)(flat[:, :-1], None, fed, cache, method="hidden")
+        log_p = jax.nn.log_softmax(self._logits(params, hidden))
+        each = jnp.take_along_axis(log_p, flat[:, 1:, None], axis=-1)[..., 0]
+        each = jnp.where(jnp.arange(size - 1) < fed[:, None], each, 0)
+        return jnp.where(there > 0, total + each.sum(-1).reshape(batch, options), -jnp.inf)
+
+    def _logits(self, params, hidden: Array) -> Array:
+        """[..., d] -> f32[..., V]; a reply cannot show a frame, for which a padded vocabulary may have a row."""
+        logits = self._apply(params)(hidden, method="logits")
+        return jnp.where(jnp.arange(logits.shape[-1]) == self.config.frame_token_id, -jnp.inf, logits)
+
     def _apply(self, params) -> Any:
         return functools.partial(self.model.apply, {"params": params})
+
+
+def _last(hidden: Array, length: Array) -> Array:
+    """The hidden state of each row's last token: [B, S, d], i32[B] -> [B, d]."""
+    return jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
 
 
 def _split(prompt: Prompt, frame_token: int) -> tuple[list[int], list[int]]:

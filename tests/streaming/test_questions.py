@@ -11,7 +11,7 @@ from vmod_jax.lm import LanguageModel
 from vmod_jax.models.depth import make_policy
 from vmod_jax.models.llama import LlamaConfig
 from vmod_jax.models.video_lm import VideoLMConfig
-from vmod_jax.streaming.answering import Answerer, Question
+from vmod_jax.streaming.questions import Answerer, Question
 
 TEXTS = ["What is it?", "Where?", "Is there a red thing in the picture, or is there none at all?", "How many?"]
 
@@ -148,21 +148,21 @@ def test_frames_of_a_group_are_read_once_and_few_shapes_are_compiled(lm):
     questions = questions[::2] + questions[1::2]  # not one after another either
     answerer.by_text(questions)
     assert sorted(read) == [0, 1, 2, 3]
-    assert answerer.encoded == 14
-    before = dict(answerer.compiles)
-    assert before == {"read": 1, "reply": 1}
-    answerer.by_text([Question(TEXTS[0], draw(lm, [4], 9)[0], "x")] * 4)
-    assert answerer.compiles == before
-    assert answerer.encoded == 18
+    assert answerer.answers.encoded == 14
+    before = dict(answerer.answers.compiles)
+    assert before == {"read": 2, "generate": 1}  # the opening alone, as text of more than a piece, and frames
+    answerer.by_text([Question(text, draw(lm, [4], 9)[0], "x") for text in TEXTS])
+    assert answerer.answers.compiles == before
+    assert answerer.answers.encoded == 18
 
 
 def test_long_videos_are_read_in_pieces(lm, answerer, monkeypatch):
     (frames,) = draw(lm, [3], seed=5)
-    monkeypatch.setattr("vmod_jax.streaming.answering.PIECE", 2)
-    before = answerer.encoded
+    monkeypatch.setattr("vmod_jax.streaming.answers.PIECE", 2)
+    before = answerer.answers.encoded
     question = Question(TEXTS[0], frames)
     assert answerer.by_text([question])[0].text == by_hand(lm, question)
-    assert answerer.encoded == before + 3
+    assert answerer.answers.encoded == before + 3
 
 
 def test_what_does_not_fit_is_one_line(lm, answerer):
