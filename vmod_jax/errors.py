@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,6 +36,20 @@ def short(value: Any) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists in lists
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:70]}..."
+
+
+def user_path(given: str | Path) -> Path:
+    """A path that a user gives: `~` and `~name` are home folders. UserError for a user who has none.
+
+    Every option, every key of a configuration and every function that takes a path from a user goes through it; doing
+    it again changes nothing.
+    """
+    path = Path(os.path.expanduser(given))
+    if not (path.parts and path.parts[0].startswith("~")):
+        return path
+    if str(given).startswith("~") and not path.exists():
+        raise UserError(f"{short(str(given))}: no home folder of that user is known; write the path in full")
+    return path.absolute()  # a name that begins so: nobody is to take it for a home later
 
 
 def is_number(value: Any) -> bool:

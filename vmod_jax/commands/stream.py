@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from vmod_jax.commands.options import add_session_arguments, load_for_streams, session_options
 from vmod_jax.data import video
-from vmod_jax.errors import ArgumentParser, UserError
+from vmod_jax.errors import ArgumentParser, UserError, user_path
 from vmod_jax.streaming.session import Turn
 from vmod_jax.streaming.watch import stream_video
 
@@ -28,11 +28,13 @@ def question(text: str) -> tuple[float, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser("vmod stream", description=__doc__)
-    parser.add_argument("video")
+    parser.add_argument("video", type=user_path)
     add_session_arguments(parser, width=1)
     parser.add_argument("--ask", action="append", default=[], metavar="TIME:TEXT", help="ask at TIME seconds")
     parser.add_argument("--allow-partial", action="store_true", help="use what decodes of a damaged file")
-    parser.add_argument("--jsonl", metavar="F", help="write one JSON object a line: turns, then a summary")
+    parser.add_argument(
+        "--jsonl", type=user_path, metavar="F", help="write one JSON object a line: turns, then a summary"
+    )
     args = parser.parse_args(argv)
     questions = [question(text) for text in args.ask]
     options = session_options(args)
