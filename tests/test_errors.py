@@ -84,6 +84,7 @@ def test_what_is_made_at_home_lies_there(home, capsys):
         ["train", "--config=~/no.py", "--workdir=~/run"],
         ["train", "--config", "~/no.py", "--workdir", "~/run"],
         ["bench", "flops", "--hf-config", "~/no.json"],
+        ["data", "features", "~/no", "--out", "~/out"],
     ):
         assert cli.main(arguments) == 2
         assert str(home / "no") in capsys.readouterr().err

@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps.add_argument("--test", type=int, default=32, help="videos")
     steps.add_argument("--seed", type=int, default=0)
     image_qa = kinds.add_parser("image-qa", help=make_image_qa.__doc__)
-    image_qa.add_argument("--out", required=True, type=Path)
+    image_qa.add_argument("--out", required=True, type=user_path)
     image_qa.add_argument("--train", type=int, default=4000, help="images")
     image_qa.add_argument("--test", type=int, default=100, help="images")
     image_qa.add_argument("--seed", type=int, default=0)

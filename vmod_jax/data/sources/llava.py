@@ -27,7 +27,7 @@ import numpy as np
 
 from vmod_jax.data import stills
 from vmod_jax.data.conversation import Sample
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, user_path
 
 IMAGE = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -54,7 +54,7 @@ class Instructions(Sequence[Sample]):
     ):
         if missing not in MISSING:
             raise UserError(f"missing images: '{missing}' is unknown, use one of {', '.join(MISSING)}")
-        self.file, self.images, self.plain = Path(file).expanduser(), Path(images).expanduser(), plain
+        self.file, self.images, self.plain = user_path(file), user_path(images), plain
         if not self.file.is_file():
             raise UserError(f"{self.file}: no such file; vmod downloads no data set")
         self._places = _indexed(self.file, cache)
