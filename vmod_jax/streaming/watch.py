@@ -74,7 +74,7 @@ def stream_video(
 
     queue: list[np.ndarray] = []
     with tqdm(total=total, unit="frame", desc=path.name, disable=not progress, leave=False) as bar:
-        for _, frame in video.decode(path, fps, size, allow_partial=allow_partial):
+        for _, frame in video.decode(path, fps, size, allow_partial=allow_partial, note=note):
             if session.frames + len(queue) == max_frames:
                 note(
                     f"the stream ends at max_frames = {max_frames} frames ({max_frames / fps:.0f} s): "
