@@ -75,3 +75,14 @@ def read_json(path: str | Path, advice: str = "download it again") -> Any:
         raise UserError(f"{path} cannot be read (it is nested too deeply); {advice}") from None
     except ValueError as error:
         raise UserError(f"{path} cannot be read: it is not a JSON file ({short(error)}); {advice}") from None
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The value of one record or line of a file; a byte order mark in front is skipped. Raises UserError, `where` in
+    front, for a broken one."""
+    try:
+        return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({short(error)})") from None

@@ -65,7 +65,7 @@ def read_llama_config(path: Path) -> LlamaConfig:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"no file {path}: --hf-config takes a Hugging Face config.json or its folder") from None
-    except ValueError:  # what is not UTF-8 is a ValueError too
+    except (ValueError, RecursionError):  # what is not UTF-8 is a ValueError too
         raise UserError(f"{path} is not JSON: --hf-config takes a Hugging Face config.json or its folder") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no JSON object: --hf-config takes a Hugging Face config.json or its folder")

@@ -33,7 +33,7 @@ def _read(path: Path) -> dict[str, Any]:
         _ = result["machine"]["cpu"], [entry["ratio"] for entry in result["rows"]]
     except FileNotFoundError:
         raise UserError(f"no file {path}: make it with vmod bench NAME --json {path}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{path} is no result of a benchmark: give files that vmod bench NAME --json has written"
         ) from None

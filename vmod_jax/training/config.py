@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vmod_jax.data.sources.table import SOURCES
-from vmod_jax.errors import UserError, user_path
+from vmod_jax.errors import UserError, read_json, user_path
 from vmod_jax.models.depth import explicit_policy, make_policy
 from vmod_jax.models.llama import LlamaConfig, LoraConfig
 from vmod_jax.models.video_lm import VideoLMConfig
@@ -79,6 +79,7 @@ def defaults() -> Config:
     data.world = "plain"  # shapes: a name of data/sources/shapes.py
     data.plain = False  # llava: images and captions alone, without questions and system prompt
     data.missing_images = "refuse"  # llava: records whose images are not there; or "skip"
+    data.allow_outside = False  # narrations: take those outside their video to its ends, however many
     data.path = ""  # prepared: the folder that `vmod data` wrote
     data.train_videos = 256  # shapes only
     data.val_videos = 32
@@ -200,7 +201,7 @@ def make_model(
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"config.model.hf_config={model.hf_config}: no such file")
-        llama = LlamaConfig.from_hf_config(json.loads(path.read_text()))
+        llama = LlamaConfig.from_hf_config(read_json(path, "give a config.json of Hugging Face"))
     else:
         llama = LlamaConfig.from_hf_config(
             {"vocab_size": frame_token_id, "rms_norm_eps": 1e-5}

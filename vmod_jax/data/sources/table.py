@@ -43,7 +43,7 @@ def shapes(data: Any, split: str, image_size: int) -> Streams:
     there = {name: len(videos) for name, videos in json.loads((root / "splits.json").read_text()).items()}
     if there != counts:
         raise UserError(f"{root} holds {there} videos, the configuration says {counts}: name another data.root")
-    return _narrated(root, data.fps, split, image_size, shapes.sentences(world))
+    return _narrated(root, data, split, image_size, shapes.sentences(world))
 
 
 def narration(data: Any, split: str, image_size: int) -> Streams:
@@ -52,7 +52,7 @@ def narration(data: Any, split: str, image_size: int) -> Streams:
     Its tokenizer is one trained on the spot on the narrations of the training split; for a large model name its own in
     data.tokenizer.
     """
-    return _narrated(user_path(data.root), data.fps, split, image_size)
+    return _narrated(user_path(data.root), data, split, image_size)
 
 
 def prepared(data: Any, split: str, image_size: int) -> Streams:
@@ -67,11 +67,12 @@ def prepared(data: Any, split: str, image_size: int) -> Streams:
     return Streams(source.samples, frames, spot_tokenizer(_replies(open_source(path, "train").samples)))
 
 
-def _narrated(root: Path, fps: float, split: str, image_size: int, texts: Sequence[str] | None = None) -> Streams:
+def _narrated(root: Path, data: Any, split: str, image_size: int, texts: Sequence[str] | None = None) -> Streams:
     from vmod_jax.data.sources.ego4d import narration_samples
 
-    videos = Videos(root, fps, image_size)
-    read = functools.partial(narration_samples, root / "narrations.json", videos, fps)
+    videos = Videos(root, data.fps, image_size)
+    outside = data.allow_outside
+    read = functools.partial(narration_samples, root / "narrations.json", videos, data.fps, allow_outside=outside)
     samples = read(split)
     if texts is None:
         texts = _replies(samples if split == "train" else read("train"))
@@ -127,7 +128,9 @@ def ego4d_narration(data: Any, split: str, image_size: int) -> Streams:
     from vmod_jax.data.sources.ego4d import narration_samples
 
     frames, file = frames_of(data, "ego4d", EGO4D_VIDEOS, image_size), ego4d_annotations(data) / NARRATIONS
-    return _streams(frames, split, functools.partial(narration_samples, file, frames, data.fps))
+    outside = data.allow_outside
+    read = functools.partial(narration_samples, file, frames, data.fps, allow_outside=outside)
+    return _streams(frames, split, read)
 
 
 def ego4d_refined(data: Any, split: str, image_size: int) -> Streams:
@@ -136,7 +139,7 @@ def ego4d_refined(data: Any, split: str, image_size: int) -> Streams:
 
     frames, folder = frames_of(data, "ego4d", EGO4D_VIDEOS, image_size), ego4d_annotations(data)
     read = lambda split: refined_samples(  # noqa: E731
-        folder / f"refined_narration_stream_{split}.json", frames, data.fps, data.seed
+        folder / f"refined_narration_stream_{split}.json", frames, data.fps, data.seed, data.allow_outside
     )
     return _streams(frames, split, read)
 
