@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -42,14 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.jsonl and not Path(args.jsonl).absolute().parent.is_dir():
         raise UserError(f"--jsonl {args.jsonl}: no folder {Path(args.jsonl).parent}; make it first")
     lm = load_for_streams(args)
-    out = open(args.jsonl, "w") if args.jsonl else None  # noqa: SIM115
+    out = open(args.jsonl, "wb", buffering=0) if args.jsonl else None  # noqa: SIM115
+
+    def write(value: dict[str, Any]) -> None:
+        line = json.dumps(value).encode() + b"\n" if out else b""
+        try:
+            while out and line:  # at once; of a line that does not fit a part may be taken
+                line = line[out.write(line) :]
+        except OSError as error:
+            raise UserError(
+                f"--jsonl {args.jsonl}: cannot be written ({error.strerror}); name a file on a disk that has room"
+            ) from None
 
     def say(turn: Turn) -> None:
         who = "you" if turn.role == "user" else "vmod"
         tqdm.write(f"{turn.time:8.1f} s  {who:>4}: {turn.text}")
-        if out:
-            out.write(json.dumps(turn._asdict()) + "\n")
-            out.flush()
+        write(turn._asdict())
 
     try:
         streamed = stream_video(
@@ -57,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             allow_partial=args.allow_partial, say=say,
             note=lambda line: tqdm.write(line, file=sys.stderr), progress=sys.stderr.isatty(),
         )  # fmt: skip
-        if out:
-            out.write(json.dumps({"summary": streamed.summary, **streamed.summary}) + "\n")
+        write({"summary": streamed.summary, **streamed.summary})
     finally:
         if out:
             out.close()
