@@ -1,7 +1,7 @@
 """A model of 4 layers that learns to answer questions about generated pictures.
 
 vmod data image-qa --out data/image_qa
-vmod train --config configs/image_qa.py --config.data.root=data/image_qa --workdir runs/image_qa
+vmod train --config configs/image_qa.py --workdir runs/image_qa --config.data.root=data/image_qa
 vmod evaluate --workdir runs/image_qa --benchmark pope --root data/image_qa/pope      (gqa, mme alike)
 """
 

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from vmod_jax.errors import user_path
+
 # What JAX reads when it is imported. All programs are kept: those of streams are small and quick to compile one by one,
 # and many.
 _KEEP = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
@@ -10,7 +12,7 @@ _KEEP = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACH
 
 def cache_folder() -> Path:
     """Where decoded frames and generated data are kept: VMOD_CACHE, else ~/.cache/vmod_jax."""
-    return Path(os.environ.get("VMOD_CACHE", Path.home() / ".cache" / "vmod_jax"))
+    return user_path(os.environ.get("VMOD_CACHE") or "~/.cache/vmod_jax")
 
 
 def compiled_folder() -> Path:

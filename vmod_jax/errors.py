@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +38,20 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:70]}..."
 
 
+def user_path(given: str | Path) -> Path:
+    """A path that a user gives: `~` and `~name` are home folders. UserError for a user who has none.
+
+    Every option, every key of a configuration and every function that takes a path from a user goes through it; doing
+    it again changes nothing.
+    """
+    path = Path(os.path.expanduser(given))
+    if not (path.parts and path.parts[0].startswith("~")):
+        return path
+    if str(given).startswith("~") and not path.exists():
+        raise UserError(f"{short(str(given))}: no home folder of that user is known; write the path in full")
+    return path.absolute()  # a name that begins so: nobody is to take it for a home later
+
+
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON file is a finite number that a float holds; true and false are none."""
     try:
@@ -60,3 +75,14 @@ def read_json(path: str | Path, advice: str = "download it again") -> Any:
         raise UserError(f"{path} cannot be read (it is nested too deeply); {advice}") from None
     except ValueError as error:
         raise UserError(f"{path} cannot be read: it is not a JSON file ({short(error)}); {advice}") from None
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The value of one record or line of a file; a byte order mark in front is skipped. Raises UserError, `where` in
+    front, for a broken one."""
+    try:
+        return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({short(error)})") from None

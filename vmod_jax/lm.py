@@ -15,7 +15,7 @@ from jax import Array
 from vmod_jax import workdir
 from vmod_jax.data import stills
 from vmod_jax.data.conversation import StreamFormat, stream_format
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, user_path
 from vmod_jax.models import inference
 from vmod_jax.models.depth import Policy, make_policy
 from vmod_jax.models.experts import adapt, learned_layers, trained_layers
@@ -209,7 +209,7 @@ class LanguageModel:
         """Writes a workdir that `load` and the commands open. Raises UserError where one already lies."""
         from vmod_jax.training.checkpoint import save_params
 
-        path = Path(path)
+        path = user_path(path)
         if (path / "model.json").exists():
             raise UserError(f"{path} already holds a model: name another folder")
         params = inference.stack(self.params)
@@ -236,7 +236,7 @@ def load(
     weights; changes: other fields of VideoLMConfig, such as grid=(24, 24): the weights do not depend on how many tokens
     a frame has. Raises UserError for a path that is none of these, and for a grid that its encoder does not give.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     is_gguf = path.suffix == ".gguf" and path.is_file()
     if not (path.is_dir() or is_gguf):
         raise UserError(f"{path}: no such folder; give a workdir, a Hugging Face folder or a GGUF file")

@@ -1,5 +1,6 @@
 """`vmod` as a user types it: what the commands write, and mistakes, each one line and exit code 2."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -153,6 +154,41 @@ def test_stream(workdir, unseen, tmp_path, capsys):
     ]
     assert f"{frames} frames" in printed.splitlines()[-2]
     assert printed.splitlines()[-1] == f"wrote {out}"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_stream_to_a_full_disk(workdir, unseen, mistake):
+    assert mistake("stream", unseen[0], "--workdir", workdir, "--jsonl", "/dev/full") == (
+        "vmod stream: --jsonl /dev/full: cannot be written (No space left on device); "
+        "name a file on a disk that has room"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "runs/a"),
+        ValueError("RESOURCE_EXHAUSTED: write failed: No space left on device [path=/x]"),
+    ],
+)
+def test_a_full_disk_under_any_command(error, mistake, monkeypatch):
+    def fails(argv):
+        raise RuntimeError("while saving") from error
+
+    monkeypatch.setattr("vmod_jax.commands.env.main", fails)
+    line = mistake("env")
+    assert line.startswith("vmod env: a file cannot be written (")
+    assert line.endswith("); make room, then run it again")
+
+
+def test_another_error_is_a_fault_of_ours(monkeypatch):
+    def fails(argv):
+        raise OSError(errno.EAGAIN, "try again")
+
+    monkeypatch.setattr("vmod_jax.commands.env.main", fails)
+    with pytest.raises(OSError, match="try again"):
+        cli.main(["env"])
 
 
 def test_stream_without_a_word_of_its_own(workdir, unseen, tmp_path):

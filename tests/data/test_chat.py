@@ -70,7 +70,7 @@ def test_text_and_labels(fmt):
 class Recorder:
     """An engine without a model: it keeps what it is fed, and speaks after the frames that it is told to."""
 
-    def __init__(self, programs, params, max_frames, announce):
+    def __init__(self, programs, params, max_frames, announce, chunk):
         self.fmt, self.speak_after, self.replies, self.max_frames = *params, max_frames
         self.ids, self.shown = [], 0
 
@@ -115,7 +115,7 @@ def test_a_stream_feeds_the_tokens_of_training(fmt, seed, monkeypatch):
             speak_after.add(frames - 1)
         replies.append(str(rng.choice([text.strip() or "yes" for text in TEXTS])))
         conversation.append({"role": "assistant", "content": replies[-1], "learn": True})
-    programs = type("P", (), {"config": type("C", (), {"fps": 2.0})})
+    programs = type("P", (), {"config": type("C", (), {"fps": 2.0, "tokens_per_frame": fmt.tokens_per_frame})})
     live = sessions.Session(programs, (fmt, speak_after, list(replies)), fmt, system=system, width=4)
     for place, question in questions:
         live.ask(question, place / 2.0)

@@ -3,11 +3,13 @@
 import json
 import logging
 import shutil
+import tracemalloc
 
 import ml_collections
 import numpy as np
 import pytest
 
+from vmod_jax.data import video
 from vmod_jax.data.batch import Bucket
 from vmod_jax.data.conversation import Sample, stream_format
 from vmod_jax.data.pipeline import Streams, batches, decoded, make_buckets, open_streams
@@ -137,7 +139,9 @@ def test_chunks_of_whole_frames(streams, fmt, caplog):
 
 
 def _data(**values):
-    return ml_collections.ConfigDict({"fps": 2.0, "root": "", "seed": 0, "world": "plain"} | values)
+    return ml_collections.ConfigDict(
+        {"fps": 2.0, "root": "", "seed": 0, "world": "plain", "allow_outside": False} | values
+    )
 
 
 def test_generated_streams(tmp_path, monkeypatch):
@@ -204,3 +208,30 @@ def test_what_a_user_may_get_wrong(tmp_path):
         open_streams(_data(name="x"), "train", 24)
     with pytest.raises(UserError, match="no such folder"):
         open_streams(_data(name="narration", root=str(tmp_path / "nothing")), "train", 24)
+
+
+def test_memory_does_not_grow_with_a_video(tmp_path, monkeypatch):
+    monkeypatch.setenv("VMOD_CACHE", str(tmp_path / "cache"))
+    frames, size = 300, 128
+    video.write(tmp_path / "long.mp4", (np.full((16, 16, 3), i % 256, np.uint8) for i in range(frames)), 10.0)
+    tracemalloc.start()
+    shown = decoded(tmp_path / "long.mp4", 10.0, size)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert shown.shape == (frames, size, size, 3)
+    assert peak < shown.nbytes / 4
+
+
+def test_of_a_broken_video_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("VMOD_CACHE", str(tmp_path / "cache"))
+    video.write(tmp_path / "long.mp4", np.zeros((9, 32, 32, 3), np.uint8), 10.0)
+    real = video.decode
+
+    def breaks(*arguments):
+        yield next(real(*arguments))
+        raise UserError("decoding failed")
+
+    monkeypatch.setattr(video, "decode", breaks)
+    with pytest.raises(UserError, match="decoding failed"):
+        decoded(tmp_path / "long.mp4", 10.0, 32)
+    assert not list((tmp_path / "cache" / "frames").iterdir())

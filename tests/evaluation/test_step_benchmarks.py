@@ -22,7 +22,9 @@ def tasks(tmp_path_factory):
     for schema in set(SCHEMAS.values()):
         root = tmp_path_factory.mktemp(schema) / "data"
         shape_steps.generate(root, schema, 6, 4)
-        data = ConfigDict({"name": "", "root": str(root), "features": "", "fps": 2.0, "seed": 0, "mix": {}})
+        data = ConfigDict(
+            {"name": "", "root": str(root), "features": "", "fps": 2.0, "seed": 0, "mix": {}, "allow_outside": False}
+        )
         made[schema] = Task(lm, ConfigDict({"data": data}), "val" if schema != "coin" else "test")
     return made
 

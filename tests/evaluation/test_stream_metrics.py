@@ -372,6 +372,16 @@ def test_blind_baselines():
         text_prior([encode([stream(2)], FMT)], FMT)
 
 
+def test_blind_baselines_of_a_later_turns_continuation():
+    encoded = encode([stream(2), assistant(), stream(2), assistant(), stream(3), assistant()], FMT)
+    prior = text_prior([encoded], FMT)
+    quiet = always_silent(encoded, FMT, prior)
+    more = continuations(encoded, quiet, FMT)
+    assert [one.turn for one in more] == [0, 1]  # the second holds the first turn's reply and its eos
+    for one in more:
+        assert (always_silent(one.encoded, FMT, prior).nll == 0).all()
+
+
 # --- the reference implementation ------------------------------------------------------------------------------------
 
 

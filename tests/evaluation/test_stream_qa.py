@@ -168,5 +168,5 @@ def test_later_questions_hold_the_earlier_ones_with_their_answers(tmp_path):
     with pytest.raises(UserError, match="has 1 options: 2 to 26 are needed"):
         streamingbench.documents(tmp_path, "sqa")
     (tmp_path / "questions_sqa.json").write_text("[{")
-    with pytest.raises(UserError, match="not a JSON file"):
+    with pytest.raises(UserError, match="is not JSON"):
         streamingbench.documents(tmp_path, "sqa")

@@ -137,7 +137,7 @@ SHAPES = {"heads": 4, "kv_heads": 2, "width": 16, "dtype": jnp.bfloat16}
 )
 def test_a_kernel_that_is_wrong_is_left_out_with_one_warning(on_a_gpu, caplog, kernel, complaint):
     on_a_gpu.setitem(attention._CAUSAL, "cudnn", kernel)
-    on_a_gpu.setattr(attention, "_cudnn_cache", lambda q, k, v, *rest: blocked_against(q, k, v, *rest))
+    on_a_gpu.setattr(attention, "_cudnn_part", attention._blocked_part)
     with caplog.at_level(logging.WARNING):
         # Inside a program that is being traced, where it is asked for.
         names = []
@@ -149,13 +149,9 @@ def test_a_kernel_that_is_wrong_is_left_out_with_one_warning(on_a_gpu, caplog, k
     assert "\n" not in line
 
 
-def blocked_against(q, k, v, cache_k, cache_v, used):
-    return cache_attention(q, k, v, cache_k, cache_v, used, "blocked")
-
-
 def test_a_kernel_that_is_right_is_used(on_a_gpu, caplog):
     on_a_gpu.setitem(attention._CAUSAL, "cudnn", blocked)
-    on_a_gpu.setattr(attention, "_cudnn_cache", blocked_against)
+    on_a_gpu.setattr(attention, "_cudnn_part", attention._blocked_part)
     assert attention.choose("auto", **SHAPES) == "cudnn"
     assert attention.choose("auto", **SHAPES | {"dtype": jnp.float32}) == "blocked"  # cuDNN has 16 bits only
     assert attention.choose("reference", **SHAPES) == "reference"
@@ -163,13 +159,93 @@ def test_a_kernel_that_is_right_is_used(on_a_gpu, caplog):
     assert not caplog.messages
 
 
-def test_merging_by_log_sum_exp_with_the_librarys_own_attention(monkeypatch):
-    """What the GPU does against a cache, with XLA in cuDNN's place."""
+# --- a cache in parts -------------------------------------------------------------------------------------------------
+
+SLOTS = 48
+
+
+@pytest.fixture(params=["blocked", "cudnn"])
+def attend_part(request, monkeypatch):
+    """What computes a part: tiles, or the library's own attention with XLA in cuDNN's place."""
+    if request.param == "blocked":
+        return attention._blocked_part
     plain = jax.nn.dot_product_attention
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda *x, implementation, **more: plain(*x, implementation="xla", **more)
-    )
-    rng, used = np.random.default_rng(6), jnp.array([0, 7])
-    (q, k, v), (_, cache_k, cache_v) = draw(rng, 5, 5), draw(rng, 5, 12)
-    got = attention._cudnn_cache(q, k, v, cache_k, cache_v, used)
-    np.testing.assert_allclose(got, blocked_against(q, k, v, cache_k, cache_v, used), atol=1e-6)
+
+    def there(*x, implementation, **more):
+        assert implementation == "cudnn"
+        out, lse = plain(*x, implementation="xla", **more)
+        empty = more.get("key_value_seq_lengths", jnp.ones(len(out), jnp.int32)) < 1  # cuDNN takes no such row
+        return jnp.where(empty[:, None, None, None], jnp.nan, out), lse
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", there)
+    return attention._cudnn_part
+
+
+def slow_cache(q, k, v, cache_k, cache_v, used):
+    """In float64, one query of one head at a time over the slots in use and the chunk so far."""
+    q, k, v, cache_k, cache_v = (np.asarray(x, np.float64) for x in (q, k, v, cache_k, cache_v))
+    out, groups = np.zeros(q.shape), q.shape[2] // k.shape[2]
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        of_group, held = h // groups, int(used[b])
+        keys, values = (
+            np.concatenate([cache[b, :held, of_group], chunk[b, : t + 1, of_group]])
+            for cache, chunk in ((cache_k, k), (cache_v, v))
+        )
+        logits = keys @ q[b, t, h] / np.sqrt(q.shape[-1])
+        weights = np.exp(logits - logits.max())
+        out[b, t, h] = weights / weights.sum() @ values
+    return out
+
+
+# Nothing used; all; within the first part of two, four and twelve, on their borders and beside them. One batch.
+USED = jnp.array([0, SLOTS, 1, 3, 4, 5, 11, 12, 13, 23, 24, 25, 36, 47])
+
+
+@pytest.mark.parametrize(("groups", "queries"), [(1, 5), (4, 1), (4, 5), (8, 3)])
+def test_a_cache_in_parts_is_the_whole_cache(attend_part, groups, queries):
+    """Rows that differ, with large numbers in slots that are not in use."""
+    rng = np.random.default_rng(groups)
+    draw = lambda *shape: rng.normal(size=(len(USED), *shape)).astype(np.float32)  # noqa: E731
+    kv_heads, width = 2, 8
+    q, k, v = draw(queries, kv_heads * groups, width), *(draw(queries, kv_heads, width) for _ in range(2))
+    caches = [draw(SLOTS, kv_heads, width) for _ in range(2)]
+    hidden = (np.arange(SLOTS) >= USED[:, None])[..., None, None]
+    held = [np.where(hidden, np.float32(1e4), cache) for cache in caches]
+    want = slow_cache(q, k, v, *caches, USED)
+    for parts in (0, 1, 4, 12):
+        cut = jax.jit(functools.partial(attention.cut_cache, attend_part=attend_part, parts=parts))
+        np.testing.assert_allclose(cut(q, k, v, *held, USED), want, atol=1e-5, rtol=0)
+
+
+def test_parts_are_merged_in_float32():
+    """Log-sum-exps of sixteen bits would be off by a percent. (The library's own, on a CPU, are of sixteen bits.)"""
+    rng = np.random.default_rng(7)
+    (q, k, v), (_, cache_k, cache_v) = draw(rng, 5, 5), draw(rng, 5, SLOTS)
+    low = [x.astype(jnp.bfloat16) for x in (q, k, v, 8 * cache_k, cache_v)]
+    used = jnp.array([17, SLOTS])
+    got = attention.cut_cache(*low, used, attention._blocked_part, 4)
+    assert got.dtype == jnp.bfloat16
+    want = slow_cache(*(x.astype(jnp.float32) for x in low), used)
+    assert np.linalg.norm(got.astype(jnp.float32) - want) < 5e-3 * np.linalg.norm(want)
+
+
+def test_a_cut_cache_that_is_wrong_leaves_the_kernel_for_sequences(on_a_gpu, caplog):
+    on_a_gpu.setitem(attention._CAUSAL, "cudnn", blocked)
+    on_a_gpu.setattr(attention, "_cudnn_part", lambda q, k, v, used: attention._blocked_part(q, k, v, None))
+    with caplog.at_level(logging.WARNING):
+        assert attention.choose("auto", **SHAPES) == "cudnn"
+        assert attention.choose("auto", **SHAPES, to="cache") == "blocked"
+    (line,) = caplog.messages
+    assert line.startswith("attention: cudnn is not used for a cache")
+
+
+def test_parts_fill_the_multiprocessors():
+    """A frame of Llama-3-8B on an H200: 16 tiles a part; and no part is smaller than what it costs to have one."""
+    frame = {"rows": 54 * 4, "kv_heads": 8, "multiprocessors": 132}
+    assert attention.num_parts(1, slots=63712, **frame) == 8
+    assert attention.num_parts(16, slots=63712, **frame) == 1  # enough blocks by themselves
+    assert attention.num_parts(1, slots=63713, **frame) in (1, 13, 29)  # only what divides
+    assert attention.num_parts(1, slots=64, **frame) <= 2
+    assert attention.num_parts(1, slots=63712, **frame | {"multiprocessors": 1}) == 1
+    assert attention.round_slots(63713) == 63744
+    assert attention.round_slots(100) == 100

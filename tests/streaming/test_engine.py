@@ -35,3 +35,14 @@ def test_a_frame_copies_neither_weights_nor_cache(change):
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes > 0.99 * size(cache)
     assert memory.temp_size_in_bytes < layer < size(cache) / 2
+
+
+def test_layers_that_are_alike_are_lowered_once():
+    """One function for the full layers and one for the routed, however many there are."""
+    config, ids = make_config(grid=(1, 8)), np.zeros((1, 8), np.int32)
+    for repeats in (1, 3):
+        llama = dataclasses.replace(LLAMA, num_hidden_layers=repeats * len(config.policy))
+        deep = dataclasses.replace(config, llama=llama, policy=repeats * config.policy)
+        params, cache = jax.eval_shape(lambda c=deep: (unstack(init_params(c, jax.random.key(0))), make_cache(c, 8, 8)))
+        text = Programs(deep).extend.lower(params, cache, ids, None, np.ones(1, np.int32), np.zeros(1, np.int32))
+        assert text.as_text().count("func.func private @_traced_once") == len(set(config.policy)) == 2

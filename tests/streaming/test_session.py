@@ -21,7 +21,7 @@ from vmod_jax.lm import LanguageModel
 from vmod_jax.models.depth import make_policy
 from vmod_jax.models.llama import LlamaConfig, rms_norm
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params
-from vmod_jax.streaming.engine import Engine, Programs
+from vmod_jax.streaming.engine import Engine, Mark, Programs, larger
 from vmod_jax.streaming.session import Session, Turn, silence, wants_to_speak
 
 D_V, FPS = 4, 2.0
@@ -92,7 +92,7 @@ class Script:
             logits[frames[0, :, 0, 0] > 0, 5] = 99
         return logits, cache
 
-    def generate(self, params, cache, input_ids, length, eos, limit):
+    def decode(self, params, cache, logits, eos, limit):
         prefix = self.fmt.tokenize(self.fmt.assistant_prefix)
         reply = self.fmt.tokenize(f"{self.fmt.assistant_prefix} {next(self.replies)}")
         assert reply[: len(prefix)] == prefix
@@ -352,7 +352,7 @@ def lm(formats):
 @pytest.fixture(scope="module")
 def seen(lm):
     """What the compiled functions are called with from here on: {name: {shapes}}."""
-    calls = {"extend": set(), "generate": set()}
+    calls = {"extend": set(), "decode": set()}
 
     def listening(name, function):
         def call(params, cache, *rest, **options):
@@ -424,8 +424,8 @@ def test_replies_are_the_first_choices_of_the_whole_sequence(lm, streamed):
 
 def test_one_compile_for_each_chunk_and_capacity(lm, streamed, seen):
     _, _, _, announced, compiles = streamed
-    assert len(announced) == 2  # more text, then more frames
-    assert compiles[-1] == {"extend": 4, "generate": 2}
+    assert len(announced) == 1  # more text and more frames together
+    assert compiles[-1] == {"extend": 5, "decode": 2}
     assert compiles[8:30] == [compiles[8]] * 22  # nothing new while the stream stays inside its bucket
     # Another stream of the same model finds everything compiled; whatever comes, one compile for each shape.
     again = lm.stream(max_frames=80, max_reply=3)
@@ -434,6 +434,17 @@ def test_one_compile_for_each_chunk_and_capacity(lm, streamed, seen):
     assert lm.merged._programs.compiles == compiles[-1]
     again.ask("Q" * 40, 0.0)
     assert lm.merged._programs.compiles == {name: len(shapes) for name, shapes in seen.items()} != compiles[-1]
+
+
+def test_capacity_grows_as_a_whole():
+    """However much text comes for how many frames: a handful of capacities, which all streams pass through."""
+    reached = {(64, 256)}
+    for text, frames in ((300, 1), (10, 65), (600, 300), (5000, 100), (1300, 1200), (4100, 1200)):
+        capacity = Mark(text=256, frames=64)
+        while capacity.text < text or capacity.frames < frames:
+            capacity = larger(capacity, 1200)
+            reached.add((capacity.frames, capacity.text))
+    assert sorted(reached) == [(64, 256), (128, 512), (256, 1024), (512, 2048), (1024, 4096), (1200, 8192)]
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1])

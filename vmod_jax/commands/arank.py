@@ -12,7 +12,7 @@ from vmod_jax import workdir as folder
 from vmod_jax.data.batch import collate, fit, make_row
 from vmod_jax.data.conversation import num_frames
 from vmod_jax.data.pipeline import make_buckets, open_streams
-from vmod_jax.errors import ArgumentParser, UserError
+from vmod_jax.errors import ArgumentParser, UserError, user_path
 from vmod_jax.lm import load
 from vmod_jax.study.arank import attention_ranks, ranked_layers
 from vmod_jax.training import config as configuration
@@ -33,7 +33,7 @@ def arank(
     config: whose `data` section says on what (default: the workdir's own); max_frames: where streams are cut, at a
     whole message; count: layers to route (default: half); tolerance: as for `attention_ranks`.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = user_path(workdir)
     layers = folder.read_model(workdir).llama.num_hidden_layers
     count = layers // 2 if count is None else count
     ranked_layers([0] * layers, count)  # a wrong count is found before the model is loaded
@@ -68,7 +68,7 @@ def arank(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser("vmod arank", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="a trained or imported model")
+    parser.add_argument("--workdir", required=True, type=user_path, help="a trained or imported model")
     parser.add_argument("--config", help="a file of configs/ whose data to measure on (default: the workdir's own)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="train")
     parser.add_argument("--videos", type=int, default=8, metavar="N", help="streams to measure on, at most (8)")
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if min(args.videos, args.frames) < 1:
         parser.error("--videos and --frames must be at least 1")
-    config = parse(["--config", args.config, *rest, "--workdir", args.workdir])[0] if args.config else None
+    config = parse(["--config", args.config, *rest, "--workdir", str(args.workdir)])[0] if args.config else None
     result = arank(args.workdir, config, args.split, args.videos, args.frames, args.count, args.tolerance)
     print(f"{result['videos']} streams of {result['tokens']:.0f} tokens on average")
     for layer, rank in enumerate(result["ranks"]):
@@ -88,5 +88,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(set(result["ranks"])) == 1:
         print("all layers have the same rank: nothing to choose by; give a larger --tolerance, such as 0.001")
     print(f"--config.policy=explicit --config.model.routed_layers='{result['routed_layers']}'")
-    print(f"wrote {Path(args.workdir) / 'arank.json'}")
+    print(f"wrote {args.workdir / 'arank.json'}")
     return 0

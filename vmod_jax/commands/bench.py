@@ -2,10 +2,9 @@
 
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from vmod_jax.errors import ArgumentParser
+from vmod_jax.errors import ArgumentParser, user_path
 from vmod_jax.performance.harness import write_json
 
 
@@ -37,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     measurements = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, measurement in MEASUREMENTS.items():
         options = measurements.add_parser(name, help=measurement.about, description=measurement.about)
-        options.add_argument("--json", type=Path, metavar="F", help="write the results to this file")
+        options.add_argument("--json", type=user_path, metavar="F", help="write the results to this file")
         options.add_argument("--quick", action="store_true", help="end within ten minutes on two cores")
         if name in argv[:1]:
             importlib.import_module(f"vmod_jax.performance.{measurement.module}").add_arguments(options)

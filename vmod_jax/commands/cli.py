@@ -1,5 +1,6 @@
 """`vmod <command>`: each command is one file beside this one, imported only when it is called."""
 
+import errno
 import importlib
 import logging
 import os
@@ -88,3 +89,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141  # the reader of our output has gone
+    except Exception as error:
+        if (reason := refused_by_disk(error)) is None:
+            raise
+        print(f"vmod {name}: a file cannot be written ({reason}); make room, then run it again", file=sys.stderr)
+        return 2
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def refused_by_disk(error: BaseException | None) -> str | None:
+    """What a disk has said that takes no more: libraries in C++ have it in the text of errors of other kinds."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK:
+            return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        for reason in map(os.strerror, DISK[:4]):
+            if reason in str(error):
+                return reason
+        error = error.__cause__ or error.__context__
+    return None

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from vmod_jax.errors import ArgumentParser, UserError
+from vmod_jax.errors import ArgumentParser, UserError, user_path
 from vmod_jax.weights.convert import FORMATS, export_folder, import_folder
 
 
@@ -15,10 +15,16 @@ def import_main(argv: Sequence[str]) -> None:
     from vmod_jax.models.layer_expert import GATES
 
     parser = ArgumentParser("vmod import", description="Hugging Face or PEFT weights -> a workdir.")
-    parser.add_argument("source", metavar="SRC", help="folder of a Llama, Mistral or Qwen, or a GGUF file")
-    parser.add_argument("--out", required=True, metavar="DIR", help="workdir to make; must not exist")
-    parser.add_argument("--vision", metavar="FOLDER", help="SigLIP or CLIP: its vision tower comes along")
-    parser.add_argument("--adapter", metavar="FOLDER", help="PEFT LoRA adapter, with its connector, on top of SRC")
+    parser.add_argument(
+        "source", type=user_path, metavar="SRC", help="folder of a Llama, Mistral or Qwen, or a GGUF file"
+    )
+    parser.add_argument("--out", required=True, type=user_path, metavar="DIR", help="workdir to make; must not exist")
+    parser.add_argument(
+        "--vision", type=user_path, metavar="FOLDER", help="SigLIP or CLIP: its vision tower comes along"
+    )
+    parser.add_argument(
+        "--adapter", type=user_path, metavar="FOLDER", help="PEFT LoRA adapter, with its connector, on top of SRC"
+    )
     parser.add_argument("--policy", choices=POLICIES, help="depth policy to record (full)")
     parser.add_argument("--keep", type=float, help="share of a frame's tokens that routed layers keep (0.2)")
     parser.add_argument("--gate", choices=GATES, help="what multiplies a kept token's update (raw)")
@@ -38,14 +44,16 @@ def import_main(argv: Sequence[str]) -> None:
         args.source, args.out, args.vision, args.adapter, args.policy, args.keep, args.allow_nonfinite, **fields
     )
     print(f"wrote {args.out}: {done.what}; {done.measured}")
-    print(f"next: vmod_jax.load({args.out!r}), or init_from={args.out} in a training config")
+    print(f"next: vmod_jax.load({str(args.out)!r}), or init_from={args.out} in a training config")
 
 
 def export_main(argv: Sequence[str]) -> None:
     """`vmod export --workdir DIR --out DST`"""
     parser = ArgumentParser("vmod export", description="A workdir -> Hugging Face, PEFT or PyTorch.")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="a run's, or an imported folder")
-    parser.add_argument("--out", required=True, metavar="DST", help="folder to make; must not exist")
+    parser.add_argument(
+        "--workdir", required=True, type=user_path, metavar="DIR", help="a run's, or an imported folder"
+    )
+    parser.add_argument("--out", required=True, type=user_path, metavar="DST", help="folder to make; must not exist")
     parser.add_argument("--format", choices=FORMATS, default="llama", help=_FORMATS_HELP)
     parser.add_argument("--step", type=int, help="of the checkpoint (the last)")
     parser.add_argument("--base", metavar="NAME", help="peft: the base model's name or folder (the imported one)")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vmod_jax.data.streams import Videos
-from vmod_jax.errors import ArgumentParser, UserError
+from vmod_jax.errors import ArgumentParser, UserError, user_path
 from vmod_jax.weights.encoder import encoder
 
 SPLITS = ("train", "val", "test")
@@ -52,7 +52,7 @@ def prepare_narration(args: argparse.Namespace) -> None:
     from vmod_jax.data.sources.ego4d import narration_samples
     from vmod_jax.data.video import check_sampling
 
-    root = Path(args.root)
+    root = args.root
     check_sampling(args.fps, args.image_size)
     videos = Videos(root, args.fps, args.image_size)
     meta: dict[str, object] = {"source": "narration"}
@@ -69,7 +69,7 @@ def prepare_narration(args: argparse.Namespace) -> None:
     if not by_split:
         raise UserError(f"{root}: no narrated stream was found; are the videos named like the keys of narrations.json?")
     names = {sample.video for samples in by_split.values() for sample in samples}
-    storage.prepare(by_split, lambda name: encode(videos.frames(name)), args.fps, Path(args.out), meta)
+    storage.prepare(by_split, lambda name: encode(videos.frames(name)), args.fps, args.out, meta)
     counts = ", ".join(f"{len(samples)} {split}" for split, samples in by_split.items())
     print(f"wrote {args.out}: {counts} streams of {len(names)} videos")
     print(f"next: vmod train --config ... --config.data.name=prepared --config.data.path={args.out}")
@@ -112,7 +112,7 @@ def write_features(args: argparse.Namespace) -> None:
     print(f"next: vmod train --config ... --config.data.features={args.out}")
 
 
-def _encoder(folder: str | None, grid: tuple[int, int], cls: bool) -> Callable[[np.ndarray], np.ndarray] | None:
+def _encoder(folder: Path | None, grid: tuple[int, int], cls: bool) -> Callable[[np.ndarray], np.ndarray] | None:
     """In a worker: the encoder, or None for pixels."""
     return encoder(folder, grid, cls)[0] if folder else None
 
@@ -121,7 +121,9 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     """Which frames are stored, and as what."""
     parser.add_argument("--fps", type=float, default=2.0)
     parser.add_argument("--image-size", type=int, default=384, help="of stored pixels")
-    parser.add_argument("--encoder", help="Hugging Face folder of a SigLIP or CLIP tower: store features, not pixels")
+    parser.add_argument(
+        "--encoder", type=user_path, help="Hugging Face folder of a SigLIP or CLIP tower: store features, not pixels"
+    )
     parser.add_argument("--grid", type=int, nargs=2, default=(3, 3), metavar=("H", "W"), help="pooled patches")
     parser.add_argument("--no-cls", action="store_true", help="leave out the CLS token")
 
@@ -139,34 +141,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser("vmod data", description=__doc__)
     kinds = parser.add_subparsers(dest="name", required=True)
     shapes = kinds.add_parser("shapes", help=make_shapes.__doc__)
-    shapes.add_argument("--out", required=True, type=Path)
+    shapes.add_argument("--out", required=True, type=user_path)
     for split, count in zip(SPLITS, (256, 32, 8), strict=True):
         shapes.add_argument(f"--{split}", type=int, default=count, help="videos")
     shapes.add_argument("--seed", type=int, default=0)
     steps = kinds.add_parser("steps", help=make_steps.__doc__)
     steps.add_argument("--schema", required=True, help="coin, lta, egoexo4d, narration or dialogue")
-    steps.add_argument("--out", required=True, type=Path)
+    steps.add_argument("--out", required=True, type=user_path)
     steps.add_argument("--train", type=int, default=256, help="videos")
     steps.add_argument("--test", type=int, default=32, help="videos")
     steps.add_argument("--seed", type=int, default=0)
     image_qa = kinds.add_parser("image-qa", help=make_image_qa.__doc__)
-    image_qa.add_argument("--out", required=True, type=Path)
+    image_qa.add_argument("--out", required=True, type=user_path)
     image_qa.add_argument("--train", type=int, default=4000, help="images")
     image_qa.add_argument("--test", type=int, default=100, help="images")
     image_qa.add_argument("--seed", type=int, default=0)
     narration = kinds.add_parser("narration", help=prepare_narration.__doc__)
-    narration.add_argument("--root", required=True, help="folder of videos with narrations.json")
-    narration.add_argument("--out", required=True)
+    narration.add_argument("--root", required=True, type=user_path, help="folder of videos with narrations.json")
+    narration.add_argument("--out", required=True, type=user_path)
     add_encoder_arguments(narration)
     narration.add_argument(
         "--allow-outside", action="store_true", help="take narrations outside their video to its ends, however many"
     )
     features = kinds.add_parser("features", help=write_features.__doc__)
-    features.add_argument("root", type=Path, help="folder of videos, or of .pt features, in it or below it")
-    features.add_argument("--out", required=True, type=Path)
+    features.add_argument("root", type=user_path, help="folder of videos, or of .pt features, in it or below it")
+    features.add_argument("--out", required=True, type=user_path)
     features.add_argument("--workers", type=int, default=1, help="processes of this machine")
     features.add_argument("--subset", type=int, metavar="N", help="of each split N videos only")
-    features.add_argument("--annotations", type=Path, help="for --subset: the data set's folder (default: ROOT)")
+    features.add_argument("--annotations", type=user_path, help="for --subset: the data set's folder (default: ROOT)")
     features.add_argument(
         "--beam", nargs=argparse.REMAINDER, help="last: options of an Apache Beam pipeline, which writes"
     )

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from vmod_jax.data.pipeline import open_streams
-from vmod_jax.errors import ArgumentParser
+from vmod_jax.errors import ArgumentParser, user_path
 from vmod_jax.evaluation.benchmarks import evaluate, print_scores
 from vmod_jax.lm import LanguageModel, load
 from vmod_jax.report.page import write_report
@@ -129,7 +129,7 @@ def routing(lm: LanguageModel, streamed: Streamed) -> dict[int, np.ndarray]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser("vmod demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes (runs/demo)")
+    parser.add_argument("--out", type=user_path, default=Path("runs/demo"), help="where everything goes (runs/demo)")
     parser.add_argument("--steps", type=int, help="training steps of each policy")
     parser.add_argument("--base-steps", type=int, default=BASE_STEPS, help="training steps of the base model")
     parser.add_argument("--seed", type=int, default=0)

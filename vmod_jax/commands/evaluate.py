@@ -7,19 +7,18 @@ it has predicted.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from vmod_jax.errors import ArgumentParser, UserError
+from vmod_jax.errors import ArgumentParser, UserError, user_path
 from vmod_jax.evaluation.benchmarks import BENCHMARKS, evaluate, print_scores
 from vmod_jax.training.flags import parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser("vmod evaluate", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="a trained or imported model")
+    parser.add_argument("--workdir", required=True, type=user_path, help="a trained or imported model")
     parser.add_argument("--config", help="a file of configs/ whose data to score on (default: the workdir's own)")
     parser.add_argument("--benchmark", default="narration", help=f"one of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--root", help="the data set's folder (default: data.root)")
+    parser.add_argument("--root", type=user_path, help="the data set's folder (default: data.root)")
     parser.add_argument(
         "--split", choices=("train", "val", "test"), help="default: the benchmark's, or data.eval_split"
     )
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if rest and not args.config:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    config = parse(["--config", args.config, *rest, "--workdir", args.workdir])[0] if args.config else None
+    config = parse(["--config", args.config, *rest, "--workdir", str(args.workdir)])[0] if args.config else None
     names = ("frames", "context", "by", "missing", "judge", "judge_model")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.grid:
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.workdir, config, args.benchmark, args.split, args.threshold, args.step, args.root, args.limit, **options
     )
     print_scores(result)
-    print(f"wrote {Path(args.workdir) / 'eval' / args.benchmark}.json")
+    print(f"wrote {args.workdir / 'eval' / args.benchmark}.json")
     return 0
 
 

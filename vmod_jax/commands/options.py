@@ -5,13 +5,13 @@ from typing import Any
 
 from vmod_jax.compression.forms import CACHES
 from vmod_jax.data.conversation import NARRATION_INSTRUCTION
-from vmod_jax.errors import ArgumentParser, UserError
+from vmod_jax.errors import ArgumentParser, UserError, user_path
 from vmod_jax.lm import LanguageModel, load
 
 
 def add_session_arguments(parser: ArgumentParser, width: int) -> None:
     """Which model streams, and the options of its sessions; width: the default of --prefill."""
-    parser.add_argument("--workdir", required=True, help="a trained or imported model")
+    parser.add_argument("--workdir", required=True, type=user_path, help="a trained or imported model")
     parser.add_argument("--instruction", default=NARRATION_INSTRUCTION, help="said at the first frame ('' for none)")
     parser.add_argument("--threshold", type=float, default=0.725, help="speak where P(stay silent) is below (0.725)")
     parser.add_argument("--max-frames", type=int, default=1200)

@@ -15,7 +15,7 @@ import numpy as np
 
 from vmod_jax import workdir as folder
 from vmod_jax.data import video
-from vmod_jax.errors import ArgumentParser, UserError
+from vmod_jax.errors import ArgumentParser, UserError, user_path
 from vmod_jax.lm import LanguageModel, load
 from vmod_jax.study import pictures
 from vmod_jax.study.material import MAX_FRAMES, from_file, from_split
@@ -32,7 +32,7 @@ def study(
     split: of the workdir's own data (default: its data.eval_split), whose first `videos` streams are watched; or file,
     a video file. Raises UserError where no layer of the model chooses tokens.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = user_path(workdir)
     folder.read_model(workdir)  # is it a workdir at all?
     lm = load(workdir)
     choosing_layers(lm.config)  # does any? before videos are read
@@ -51,7 +51,7 @@ def study(
     )
     result = {**material.about, "model": model, **summary}
 
-    out = Path(out).expanduser() if out else workdir / "routing"
+    out = user_path(out) if out else workdir / "routing"
     out.mkdir(parents=True, exist_ok=True)
     (out / "routing.json").write_text(json.dumps(result, indent=1) + "\n")
     frames, first = material.rows[0][1], streams[0]
@@ -68,11 +68,13 @@ def study(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser("vmod routing", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="a trained model")
+    parser.add_argument("--workdir", required=True, type=user_path, help="a trained model")
     parser.add_argument("--split", choices=("train", "val", "test"), help="of its own data (default: data.eval_split)")
     parser.add_argument("--videos", type=int, default=32, metavar="N", help="streams to watch, at most (32)")
-    parser.add_argument("--video", metavar="FILE", help=f"watch this file instead, up to {MAX_FRAMES} frames of it")
-    parser.add_argument("--out", help="where everything goes (WORKDIR/routing)")
+    parser.add_argument(
+        "--video", type=user_path, metavar="FILE", help=f"watch this file instead, up to {MAX_FRAMES} frames of it"
+    )
+    parser.add_argument("--out", type=user_path, help="where everything goes (WORKDIR/routing)")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.videos < 1:
         raise UserError("--videos must be at least 1")
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         video.probe(args.video)  # a wrong file is found before the model is loaded
     result = study(args.workdir, args.split, args.videos, args.video, args.out)
     print_summary(result)
-    out = Path(args.out) if args.out else Path(args.workdir) / "routing"
+    out = args.out or args.workdir / "routing"
     print(f"wrote {out}: routing.json, strip.png, positions.png, overlap.png, stream.mp4")
     print(f"next: open {out}/strip.png and {out}/stream.mp4; the numbers of every cell are in {out}/routing.json")
     return 0

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vmod_jax.errors import ArgumentParser, UserError
+from vmod_jax.errors import ArgumentParser, UserError, user_path
 from vmod_jax.study.rows import Row, chain, collect, markdown, run_row, write_results
 from vmod_jax.training.config import Config
 from vmod_jax.training.flags import find_config
@@ -32,12 +32,12 @@ def read_table(path: Path) -> tuple[Config, dict[str, Row]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser("vmod table", description=__doc__)
-    of = lambda name: Path(find_config(name))  # noqa: E731
+    of = lambda name: user_path(find_config(name))  # noqa: E731
     parser.add_argument("tables", nargs="+", type=of, metavar="FILE", help="of configs/tables/, or tables/NAME")
-    parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="where the runs live (%(default)s)")
+    parser.add_argument("--out", type=user_path, default=Path("runs/tables"), help="where the runs live (%(default)s)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="these alone, with the bases they need")
     parser.add_argument("--seeds", nargs="+", type=int, help="these alone (default: as many as the table says)")
-    parser.add_argument("--results", type=Path, help="where tables and plots go (default: OUT)")
+    parser.add_argument("--results", type=user_path, help="where tables and plots go (default: OUT)")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     tables = {path.stem: read_table(path) for path in args.tables}
     every = {name: (config, row) for config, rows in tables.values() for name, row in rows.items()}

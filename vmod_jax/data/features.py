@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vmod_jax.data.streams import VIDEO_ENDINGS, find_videos
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, user_path
 
 CHUNK = 64  # frames of a record
 SHARD_BYTES = 256 * 2**20
@@ -71,7 +71,7 @@ class Features(Mapping[str, float]):
     """
 
     def __init__(self, path: str | Path, fps: float):
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         if not (self.path / META).is_file():
             unfinished = (self.path / PLAN).is_file()
             advice = "run the same vmod data features again" if unfinished else "write it with vmod data features"
@@ -150,7 +150,7 @@ def make_plan(
     about: of the encoder, recorded; frame_bytes: of one frame as written, for shards of a sensible size; only: of these
     videos. Raises UserError where there is no video, or where `out` was begun with other videos or another encoder.
     """
-    root, out = Path(root).expanduser(), Path(out).expanduser()
+    root, out = user_path(root), user_path(out)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     found = find_videos(root, nested=True, endings=VIDEO_ENDINGS) or find_videos(root, nested=True, endings=(".pt",))
@@ -307,7 +307,7 @@ def write(
     then be one that its workers see). Several machines may run the same command on a folder that they share.
     Raises UserError where other workers are still at some shards, and where no video at all could be read.
     """
-    out = Path(out).expanduser()
+    out = user_path(out)
     one = functools.partial(write_shard, plan, out=str(out), make_encoder=make_encoder)
     todo = [number for number in range(len(plan.shards)) if not _shard(out, number).with_suffix(".json").exists()]
     if beam:

@@ -96,8 +96,13 @@ def decoded(path: Path, fps: float, image_size: int) -> np.ndarray:
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
         part = cached.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
-        video.read(path, fps, image_size).frames.tofile(part)
-        part.replace(cached)
+        try:
+            with part.open("wb") as file:  # a frame at a time: memory does not grow with the video
+                for _, frame in video.decode(path, fps, image_size):
+                    file.write(frame.tobytes())
+            part.replace(cached)
+        finally:
+            part.unlink(missing_ok=True)
     # Bare pixels, whose shape the file's size tells: NumPy parses the header of a .npy file with `ast`, which Python
     # 3.11 cannot do in several threads at once (SystemError: recursion depth mismatch).
     return np.memmap(cached, np.uint8, "r").reshape(-1, image_size, image_size, 3)

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vmod_jax import workdir as folder
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, user_path
 from vmod_jax.evaluation.documents import Document, Responses
 from vmod_jax.evaluation.intervals import intervals
 from vmod_jax.evaluation.judge import judged
@@ -49,7 +49,7 @@ def evaluate(
     """
     if benchmark not in BENCHMARKS:
         raise UserError(f"unknown benchmark '{benchmark}': use one of {', '.join(BENCHMARKS)}")
-    row, workdir = BENCHMARKS[benchmark], Path(workdir).expanduser()
+    row, workdir = BENCHMARKS[benchmark], user_path(workdir)
     folder.read_model(workdir)  # is it a workdir at all?
     if config is None:
         stored = folder.read_config(workdir)
@@ -58,7 +58,7 @@ def evaluate(
         config = ConfigDict(stored) if stored else configuration.defaults()
     config = configuration.complete(config)
     if root is not None:
-        config.data.root = str(root)
+        config.data.root = str(user_path(root))
     began = time.perf_counter()
 
     # --- documents ----------------------------------------------------------------------------------------------------

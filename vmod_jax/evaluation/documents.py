@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, parse_json
 
 Responses = Mapping[str, Any]
 SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -76,10 +76,7 @@ def constant(documents: Sequence[Document], response: Any) -> Responses:
 
 def read_json(path: Path) -> Any:
     """A JSON file. Raises UserError where there is none, and with the line of what is wrong in it."""
-    try:
-        return json.loads(_text(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
+    return parse_json(_text(path), str(path))
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -87,10 +84,7 @@ def read_lines(path: Path) -> list[dict]:
     found = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         if line.strip():
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path}: line {number} is not JSON ({error})") from error
+            found.append(parse_json(line, f"{path}: line {number}"))
             if not isinstance(found[-1], dict):
                 raise UserError(f"{path}: line {number} is not an object")
     return found

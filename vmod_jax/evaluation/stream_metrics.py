@@ -139,6 +139,8 @@ def aggregate(samples: Sequence[SampleMetrics], fps: float) -> dict[str, float]:
 
 def _turns(encoded: Encoded, fmt: StreamFormat) -> list[_Turn]:
     """The turns that have a label. Those without are left out, but their frames are counted."""
+    if (encoded.labels == IGNORE).all():  # a continuation, whose conversation is not written down
+        return []
     stops = reply_ends(encoded, fmt) + 1
     starts = np.concatenate([[0], stops[:-1]]) if len(stops) else stops
     frames = [_count_frames(encoded.input_ids[a:b], fmt) for a, b in zip(starts, stops, strict=True)]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vmod_jax.data.pipeline import Streams, open_streams
+from vmod_jax.errors import user_path
 from vmod_jax.evaluation.documents import Document, Responses
 from vmod_jax.lm import LanguageModel
 
@@ -37,7 +38,7 @@ class Task(NamedTuple):
     @property
     def root(self) -> Path:
         """The data set's folder."""
-        return Path(self.config.data.root).expanduser()
+        return user_path(self.config.data.root)
 
     @property
     def image_size(self) -> int:

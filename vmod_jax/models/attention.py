@@ -10,6 +10,7 @@ All of them run over a sequence in stream order, padding last: causal order alon
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -92,16 +93,21 @@ def cache_attention(
     """
     batch, size, heads, width = q.shape
     chex.assert_shape([cache_k, cache_v], (batch, None, k.shape[2], width))
-    name = choose(backend, heads, k.shape[2], width, q.dtype)
+    name = choose(backend, heads, k.shape[2], width, q.dtype, "cache")
     if name == "reference":
         slots = jnp.arange(cache_k.shape[1])
         before = jnp.where(slots < used[:, None], slots, NEVER)
         after = used[:, None] + jnp.arange(size)
         keys, values = (jnp.concatenate([held, x], 1) for held, x in ((cache_k, k), (cache_v, v)))
         return attend(q, keys, values, after, jnp.concatenate([before, after], 1))
-    if name == "cudnn":
-        return _cudnn_cache(q, k, v, cache_k, cache_v, used)
-    return _blocked_cache(q, k, v, cache_k, cache_v, used)
+    return _against(name)(q, k, v, cache_k, cache_v, used)
+
+
+def _against(name: str, parts: int = 0) -> Callable[..., Array]:
+    """`cache_attention` by a back end other than the reference. Tiles one after the other suit a CPU, parts a GPU."""
+    if name != "cudnn" and jax.default_backend() != "gpu":
+        return _blocked_cache
+    return functools.partial(cut_cache, attend_part=_cudnn_part if name == "cudnn" else _blocked_part, parts=parts)
 
 
 # --- blocked ----------------------------------------------------------------------------------------------------------
@@ -264,15 +270,18 @@ def chunk_attention(q: Array, k: Array, v: Array, number: Array, there: Array, b
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, parts, padded, heads, width)[:, :, :size]
 
 
-def _blocked_cache(q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array, used: Array) -> Array:
-    """Only slots in use are read: the number of tiles is that of the batch's longest stream, not of the cache."""
-    batch, size, heads, width = q.shape
-    groups, slots = heads // k.shape[2], cache_k.shape[1]
+def _own(rows: Array, k: Array, v: Array):
+    """The state after the chunk itself, causally: rows [B, K, G * C, h]; k, v: [B, C, K, h]."""
+    size = k.shape[1]
+    seen = jnp.arange(size) <= (jnp.arange(rows.shape[2]) % size)[:, None]
+    logits = jnp.where(seen, _dot("bkth,bskh->bkts", rows, k), _HIDDEN)
+    return _online(_nothing(rows), logits, v.transpose(0, 2, 1, 3))
+
+
+def _held(state, rows: Array, cache_k: Array, cache_v: Array, used: Array):
+    """The state after the slots in use. The number of tiles is that of the batch's longest stream, not the cache's."""
+    slots = cache_k.shape[1]
     block = min(CACHE_BLOCK, slots)
-    rows = _group(q, k.shape[2]).reshape(batch, k.shape[2], groups * size, width)
-    logits = _dot("bkth,bskh->bkts", rows, k)
-    seen = jnp.arange(size) <= (jnp.arange(groups * size) % size)[:, None]
-    state = _online(_nothing(rows), jnp.where(seen, logits, _HIDDEN), v.transpose(0, 2, 1, 3))
 
     def tile(j, state):
         start = jnp.minimum(j * block, slots - block)  # the last tile overlaps the one before
@@ -283,9 +292,103 @@ def _blocked_cache(q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array,
         logits = jnp.where(seen[:, None, None], _dot("bkth,bskh->bkts", rows, keys), _HIDDEN)
         return _online(state, logits, values.transpose(0, 2, 1, 3))
 
-    _, total, out = lax.fori_loop(0, -(-jnp.max(used) // block), tile, state)
-    out = (out / total[..., None]).reshape(batch, k.shape[2], groups, size, width)
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+    return lax.fori_loop(0, -(-jnp.max(used) // block), tile, state)
+
+
+def _heads_last(x: Array, groups: int) -> Array:
+    """[B, K, G * C, ...] -> [B, C, K * G, ...]"""
+    batch, kv_heads, rows, *rest = x.shape
+    x = jnp.moveaxis(x.reshape(batch, kv_heads, groups, rows // groups, *rest), 3, 1)
+    return x.reshape(batch, rows // groups, kv_heads * groups, *rest)
+
+
+def _blocked_cache(q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array, used: Array) -> Array:
+    batch, size, heads, width = q.shape
+    groups = heads // k.shape[2]
+    rows = _group(q, k.shape[2]).reshape(batch, k.shape[2], groups * size, width)
+    _, total, out = _held(_own(rows, k, v), rows, cache_k, cache_v, used)
+    return _heads_last(out / total[..., None], groups).astype(q.dtype)
+
+
+def _blocked_part(q: Array, k: Array, v: Array, used: Array | None) -> tuple[Array, Array]:
+    """As `_cudnn_part`."""
+    batch, size, heads, width = q.shape
+    groups = heads // k.shape[2]
+    rows = _group(q, k.shape[2]).reshape(batch, k.shape[2], groups * size, width)
+    top, total, out = _own(rows, k, v) if used is None else _held(_nothing(rows), rows, k, v, used)
+    out = _heads_last(out / total[..., None], groups).astype(q.dtype)
+    return out, _heads_last(top + jnp.log(total), groups)
+
+
+# --- a cache in parts -------------------------------------------------------------------------------------------------
+# A GPU's kernel takes a block of ROWS queries of a head through all keys that they see, and a frame has few queries:
+# one call against a long cache would leave most of the multiprocessors idle, and read each key/value head once for
+# every one of its query heads. So the queries of a group become rows of their one key/value head, and the cache is cut
+# along its slots into parts, which a call takes as rows of a batch, each with its own length:
+#
+#     slots of a row   [x x x x | x x x x | x . . . | . . . .]   used = 9, four parts of length 4, 4, 1, 0
+#     queries          [  q         q         q         q    ]   the same against each
+#
+# The parts and the chunk's own attention, which alone is causal, are merged by their log-sum-exps in float32. They
+# cannot be one call: a call is causal or not, and stacked rows have no causal order of their own.
+
+ROWS = 128  # queries of a block
+PARTS = 32  # at most
+_MULTIPROCESSORS = 132  # of an H100 or H200, for programs that are compiled where there is none
+
+
+def num_parts(batch: int, rows: int, kv_heads: int, slots: int, multiprocessors: int) -> int:
+    """Into how many parts a cache is cut for `rows` queries of each key/value head: a divisor of its slots.
+
+    The one of least time, in units of what a block takes for a slot: so many waves of blocks, each of which also starts
+    and ends (200 slots' time), and queries and outputs of each part, which are written and read (10 rows to a slot).
+    A block's time for a slot, 15 ns, is what an H200 took with one block a head: 0.9 ms for 61,000 slots.
+    """
+    tiles = batch * kv_heads * -(-rows // ROWS)
+    time = lambda parts: -(-tiles * parts // multiprocessors) * (slots / parts + 200) + parts * batch * rows / 10  # noqa: E731
+    return min((parts for parts in range(1, PARTS + 1) if slots % parts == 0), key=time)
+
+
+def round_slots(slots: int) -> int:
+    """Slots of a cache that can be cut into any power of two of parts; a cache for a few frames stays as it is."""
+    return slots if slots < 32 * PARTS else -(-slots // PARTS) * PARTS
+
+
+def _multiprocessors() -> int:
+    here = jax.local_devices()[0]
+    return getattr(here, "core_count", _MULTIPROCESSORS) if here.platform == "gpu" else _MULTIPROCESSORS
+
+
+def cut_cache(
+    q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array, used: Array, attend_part: Any, parts: int = 0
+) -> Array:
+    """`cache_attention` by calls that do not know of caches; arguments and result as there.
+
+    attend_part: `_cudnn_part` or another function of its signature; parts: 0 for `num_parts`
+    """
+    batch, size, heads, width = q.shape
+    slots, kv_heads = cache_k.shape[1:3]
+    groups = heads // kv_heads
+    parts = parts or num_parts(batch, size * groups, kv_heads, slots, _multiprocessors())
+    each = slots // parts
+    rows = q.reshape(batch, 1, size, kv_heads, groups, width).swapaxes(3, 4)
+    rows = jnp.broadcast_to(rows, (batch, parts, *rows.shape[2:])).reshape(-1, size * groups, kv_heads, width)
+    length = jnp.clip(used[:, None] - each * jnp.arange(parts, dtype=jnp.int32), 0, each)
+    # A call wants at least one key; what one too many adds is taken out again by its part's weight of zero.
+    at_least_one = jnp.maximum(length, 1).reshape(-1)
+    there, there_lse = attend_part(
+        rows, *(x.reshape(-1, each, kv_heads, width) for x in (cache_k, cache_v)), at_least_one
+    )
+    own, own_lse = attend_part(q, k, v, None)
+
+    def by_part(x: Array) -> Array:  # [B * P, C * G, K, ...] -> f32[B, P, C, H, ...]
+        x = x.reshape(batch, parts, size, groups, kv_heads, *x.shape[3:]).swapaxes(3, 4)
+        return x.reshape(batch, parts, size, heads, *x.shape[5:]).astype(jnp.float32)
+
+    there_lse = jnp.where((length > 0)[:, :, None, None], by_part(there_lse), _HIDDEN)
+    lse = jnp.concatenate([there_lse, own_lse[:, None].astype(jnp.float32)], 1)
+    weight = jax.nn.softmax(lse, axis=1)[..., None]
+    return ((by_part(there) * weight[:, :-1]).sum(1) + own.astype(jnp.float32) * weight[:, -1]).astype(q.dtype)
 
 
 # --- the libraries' kernels -------------------------------------------------------------------------------------------
@@ -295,16 +398,16 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
-def _cudnn_cache(q: Array, k: Array, v: Array, cache_k: Array, cache_v: Array, used: Array) -> Array:
-    """The cache's part and the chunk's own, each with its log-sum-exp, merged in float32."""
+def _cudnn_part(q: Array, k: Array, v: Array, used: Array | None) -> tuple[Array, Array]:
+    """Attention of rows to the first `used: i32[B]` keys, at least one, or (None) causally to their own.
+
+    q: [B, T, H, h]; k, v: [B, S, K, h] -> [B, T, H, h] and the log-sum-exp f32[B, T, H].
+    """
     call: Any = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", return_residual=True)
+    if used is None:
+        return call(q, k, v, is_causal=True)
     whole = jnp.full(used.shape, q.shape[1], jnp.int32)
-    # A row of keys must not be empty; what one key too many adds is taken out again by its weight of zero.
-    there, there_lse = call(q, cache_k, cache_v, query_seq_lengths=whole, key_value_seq_lengths=jnp.maximum(used, 1))
-    own, own_lse = call(q, k, v, is_causal=True)
-    there_lse = jnp.where((used > 0)[:, None, None], there_lse.astype(jnp.float32), _HIDDEN)
-    weight = jax.nn.sigmoid(there_lse - own_lse.astype(jnp.float32))[..., None]
-    return (there.astype(jnp.float32) * weight + own.astype(jnp.float32) * (1 - weight)).astype(q.dtype)
+    return call(q, k, v, query_seq_lengths=whole, key_value_seq_lengths=used)
 
 
 @functools.cache
@@ -341,8 +444,10 @@ _PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
 # --- which one --------------------------------------------------------------------------------------------------------
 
 
-def choose(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> str:
+def choose(backend: str, heads: int, kv_heads: int, width: int, dtype: Any, to: str = "itself") -> str:
     """The back end that computes attention of these shapes here; known when a program is traced.
+
+    to: a name of `CHECKS`, what a sequence attends to
 
     "auto" takes the device's kernel where it takes the shapes (cuDNN: 16 bits and widths of a multiple of 8; splash:
     widths of a multiple of 128), else "blocked". A kernel on its own device is checked first (`fault`), and "blocked"
@@ -354,52 +459,78 @@ def choose(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> s
         name, takes = fits.get(here, ("blocked", True))
         backend = name if takes else "blocked"
     checked = _PLATFORM.get(backend) == here
-    return "blocked" if checked and fault(backend, heads, kv_heads, width, jnp.dtype(dtype)) else backend
+    return "blocked" if checked and fault(backend, heads, kv_heads, width, jnp.dtype(dtype), to) else backend
 
 
 @functools.cache
-def fault(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> str | None:
-    """Why a kernel must not be used, said once in a warning; None where it agrees with the reference (`apart`).
+def fault(backend: str, heads: int, kv_heads: int, width: int, dtype: Any, to: str = "itself") -> str | None:
+    """Why a kernel must not be used, said once in a warning; None where it agrees with the reference (`CHECKS`).
 
     At most 1e-2 (16 bits) or 1e-3.
     """
     try:
         with jax.ensure_compile_time_eval():
-            found = apart(backend, heads, kv_heads, width, dtype)
+            found = CHECKS[to](backend, heads, kv_heads, width, dtype)
         limit = 1e-2 if dtype.itemsize == 2 else 1e-3
         wrong = [f"{name} is off by {value:.1e}" for name, value in found.items() if not value <= limit]
         reason = ", ".join(wrong) or None
     except Exception as error:  # whatever a library or a driver throws
         reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
     if reason:
-        log.warning("attention: %s is not used, a slower one is: %s", backend, reason)
+        log.warning("attention: %s is not used for a %s, a slower one is: %s", backend, _CALLED[to], reason)
     return reason
 
 
 def apart(backend: str, heads: int, kv_heads: int, width: int, dtype: Any) -> dict[str, float]:
-    """How far a back end is from the reference in float32: {out, dq, dk, dv, cache}, relative to the norm.
+    """How far a back end is from the reference in float32: {out, dq, dk, dv, cache}, relative to the norm."""
+    return {
+        name: off for check in CHECKS.values() for name, off in check(backend, heads, kv_heads, width, dtype).items()
+    }
 
-    Compared, forwards and backwards, on two packed rows of which one ends early in padding of large numbers, and in a
-    chunk against a cache.
-    """
-    rng, size, end, chunk = np.random.default_rng(0), 256, 150, 40
-    real = np.arange(size) < np.array([[size], [end]])
+
+_END = 150  # tokens of the row that is shorter
+
+
+def _draw(heads: int, kv_heads: int, width: int, dtype: Any) -> tuple[tuple[Array, Array, Array], Array]:
+    """Queries, keys and values of two rows, of which one ends early in padding of large numbers, and what is real."""
+    rng, size = np.random.default_rng(0), 256
+    real = (np.arange(size) < np.array([[size], [_END]]))[..., None, None]
     shapes = [(2, size, count, width) for count in (heads, kv_heads, kv_heads)]
-    draw = lambda shape: np.where(real[..., None, None], rng.normal(size=shape), 100.0)  # noqa: E731
-    q, k, v = (jnp.asarray(draw(shape), dtype) for shape in shapes)
-    weight = jnp.asarray(np.where(real[..., None, None], rng.normal(size=shapes[0]), 0), jnp.float32)
+    q, k, v = (jnp.asarray(np.where(real, rng.normal(size=shape), 100.0), dtype) for shape in shapes)
+    return (q, k, v), jnp.asarray(real)
+
+
+def _norms(got: dict[str, Array], exact: dict[str, Array]) -> dict[str, float]:
+    norm = lambda x: float(jnp.linalg.norm(x.astype(jnp.float32)))  # noqa: E731
+    return {name: norm(got[name].astype(jnp.float32) - exact[name]) / norm(exact[name]) for name in exact}
+
+
+def _apart_from_itself(backend: str, *shapes: Any) -> dict[str, float]:
+    """Forwards and backwards."""
+    qkv, real = _draw(*shapes)
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=qkv[0].shape) * real, jnp.float32)
 
     def run(attention, *qkv) -> dict[str, Array]:
         value = lambda *qkv: jnp.sum(attention(*qkv).astype(jnp.float32) * weight)  # noqa: E731
-        out = jax.jit(attention)(*qkv) * real[..., None, None]
+        out = jax.jit(attention)(*qkv) * real
         return dict(zip(("out", "dq", "dk", "dv"), (out, *jax.jit(jax.grad(value, (0, 1, 2)))(*qkv)), strict=True))
 
-    got, exact = run(_CAUSAL[backend], q, k, v), run(_reference, *(x.astype(jnp.float32) for x in (q, k, v)))
-    used = jnp.array([size, end])
-    against = lambda attention, *x: attention(*(y[:, :chunk] for y in x), *x[1:], used)  # noqa: E731
-    plain = functools.partial(cache_attention, backend="reference")
-    cached = _cudnn_cache if backend == "cudnn" else _blocked_cache
-    got["cache"] = jax.jit(functools.partial(against, cached))(q, k, v)
-    exact["cache"] = against(plain, *(x.astype(jnp.float32) for x in (q, k, v)))
-    norm = lambda x: float(jnp.linalg.norm(x.astype(jnp.float32)))  # noqa: E731
-    return {name: norm(got[name].astype(jnp.float32) - exact[name]) / norm(exact[name]) for name in exact}
+    return _norms(run(_CAUSAL[backend], *qkv), run(_reference, *(x.astype(jnp.float32) for x in qkv)))
+
+
+def _apart_from_cache(backend: str, *shapes: Any) -> dict[str, float]:
+    """A chunk against two caches in four parts, of which the shorter leaves one empty."""
+    qkv, _ = _draw(*shapes)
+
+    def run(attention, q, k, v) -> dict[str, Array]:
+        chunk, used = slice(40), jnp.array([k.shape[1], _END], jnp.int32)
+        return {"cache": attention(q[:, chunk], k[:, chunk], v[:, chunk], k, v, used)}
+
+    got = run(jax.jit(_against(backend, parts=4)), *qkv)
+    exact = run(functools.partial(cache_attention, backend="reference"), *(x.astype(jnp.float32) for x in qkv))
+    return _norms(got, exact)
+
+
+# What attends to what, and how far a back end is there: each is left out for itself.
+CHECKS = {"itself": _apart_from_itself, "cache": _apart_from_cache}
+_CALLED = {"itself": "sequence", "cache": "cache"}

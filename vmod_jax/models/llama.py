@@ -520,18 +520,34 @@ class _Rows(NamedTuple):
     chunks: bool
 
 
+_OPTIONS = ("config", "routing", "lora", "remat", "attention", "chunks")  # of `_Rows`: what is no array
+
+
 def _run_one_by_one(rows: _Rows, policy: Policy, x: Array, cache: Cache | None):
-    """Every layer traced on its own. A chunk of a stream is small beside the weights and the cache that it reads, and a
-    scan would copy each layer's part of both out of their stacks before the layer reads it."""
+    """Every layer on its own. A chunk of a stream is small beside the weights and the cache that it reads, and a scan
+    would copy each layer's part of both out of their stacks before the layer reads it."""
     caches: list[LayerCache | None] = [None] * len(policy) if cache is None else list(cache.layers)
     decided: dict[int, Routed] = {}
     for i, spec in enumerate(policy):
         params = rows.params[i] if isinstance(rows.params, tuple) else _one(rows.params, i)
         replay = rows.replay[i] if rows.replay is not None and spec.selector is not None else None
-        x, caches[i], routed = _run_layer(rows, spec, None, params, by_rows(x), i, caches[i], replay)
+        x, caches[i], routed = _layer(rows, spec, params, x, i, caches[i], replay)
         if routed is not None:
             decided[i] = routed
     return x, decided, None if cache is None else cache._replace(layers=tuple(caches))
+
+
+def _layer(rows: _Rows, spec: LayerSpec, params, x: Array, layer: int, cache, replay):
+    """One layer under `jit`: it is traced once, and lowered once, for all layers that are alike."""
+    options = {name: getattr(rows, name) for name in _OPTIONS}
+    arrays = {name: getattr(rows, name) for name in ("layout", "slots", "dropout_key")}
+    return _traced_once(spec, tuple(options.items()), arrays, params, x, jnp.int32(layer), cache, replay)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _traced_once(spec: LayerSpec, options: tuple, arrays: dict[str, Any], params, x: Array, layer, cache, replay):
+    rows = _Rows(params=None, replay=None, **arrays, **dict(options))
+    return _run_layer(rows, spec, None, params, by_rows(x), layer, cache, replay)
 
 
 def _run_layer(rows: _Rows, spec: LayerSpec, place: int | None, params, x: Array, layer, cache, replay):

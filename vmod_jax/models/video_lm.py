@@ -19,7 +19,7 @@ from vmod_jax.compression.forms import CACHES
 from vmod_jax.compression.mergers import MERGERS
 from vmod_jax.errors import UserError
 from vmod_jax.models import kv_cache
-from vmod_jax.models.attention import BACKENDS
+from vmod_jax.models.attention import BACKENDS, round_slots
 from vmod_jax.models.connectors import CONNECTORS, pool
 from vmod_jax.models.context import Beginning
 from vmod_jax.models.depth import LayerSpec, Policy, kept_counts
@@ -283,7 +283,7 @@ def make_cache(config: VideoLMConfig, frames: int, text: int, batch: int = 1, ch
 
 def cache_slots(config: VideoLMConfig, frames: int, text: int) -> list[int]:
     """Slots of each layer: text, and the kept tokens of every frame."""
-    return [max(1, text + frames * k) for k in config.kept]
+    return [round_slots(max(1, text + frames * k)) for k in config.kept]
 
 
 def num_params(params: Any) -> int:

@@ -14,11 +14,14 @@ import av
 import numpy as np
 
 from vmod_jax.data import video
+from vmod_jax.errors import user_path
 from vmod_jax.performance.harness import interleave, pair, print_table, row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--videos", nargs="+", type=Path, metavar="F", help="files (a made one of 20 s at 1280 x 720)")
+    parser.add_argument(
+        "--videos", nargs="+", type=user_path, metavar="F", help="files (a made one of 20 s at 1280 x 720)"
+    )
     parser.add_argument("--fps", type=float, default=2.0, help="frames a second that the reader yields (%(default)s)")
     parser.add_argument("--size", type=int, default=384, help="their side (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, user_path
 from vmod_jax.models import flops
 from vmod_jax.models.depth import POLICIES, kept_counts, make_policy
 from vmod_jax.models.llama import LlamaConfig
@@ -13,7 +13,9 @@ from vmod_jax.performance.harness import print_table, row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hf-config", type=Path, metavar="C", help="a Llama's config.json or its folder (Llama-3-8B)")
+    parser.add_argument(
+        "--hf-config", type=user_path, metavar="C", help="a Llama's config.json or its folder (Llama-3-8B)"
+    )
     parser.add_argument("--frames", type=int, default=600, help="frames of the stream (%(default)s)")
     parser.add_argument("--tokens", type=int, default=10, help="tokens a frame, CLS included (%(default)s)")
     parser.add_argument("--text", type=int, default=146, help="text tokens (%(default)s)")
@@ -63,7 +65,7 @@ def read_llama_config(path: Path) -> LlamaConfig:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"no file {path}: --hf-config takes a Hugging Face config.json or its folder") from None
-    except ValueError:  # what is not UTF-8 is a ValueError too
+    except (ValueError, RecursionError):  # what is not UTF-8 is a ValueError too
         raise UserError(f"{path} is not JSON: --hf-config takes a Hugging Face config.json or its folder") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no JSON object: --hf-config takes a Hugging Face config.json or its folder")

@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, user_path
 from vmod_jax.machine import machine_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what --json has written")
-    parser.add_argument("--out", type=Path, metavar="F", help="write the table to this file")
+    parser.add_argument("files", nargs="+", type=user_path, metavar="FILE", help="what --json has written")
+    parser.add_argument("--out", type=user_path, metavar="F", help="write the table to this file")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def _read(path: Path) -> dict[str, Any]:
         _ = result["machine"]["cpu"], [entry["ratio"] for entry in result["rows"]]
     except FileNotFoundError:
         raise UserError(f"no file {path}: make it with vmod bench NAME --json {path}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{path} is no result of a benchmark: give files that vmod bench NAME --json has written"
         ) from None

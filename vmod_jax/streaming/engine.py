@@ -1,8 +1,8 @@
 """One stream on the device: two compiled functions over a cache whose capacity grows by buckets.
 
 Every array has a static shape: a chunk of text is padded to one of `TEXT_CHUNKS`, frames come `m` at a time behind a
-little text, and the cache has a capacity in frames and one in text tokens that double when a stream outgrows them.
-There is one compile for each combination that occurs, and none while a stream stays inside its bucket.
+little text, and the cache has a capacity, so many frames and so many text tokens, which doubles as a whole when a
+stream outgrows either (`larger`). One stream passes through the same few capacities as another, whatever comes in it.
 """
 
 import functools
@@ -39,6 +39,11 @@ class Mark(NamedTuple):
     frames: int
 
 
+def larger(capacity: Mark, max_frames: int) -> Mark:
+    """The next capacity of a stream: twice the text, and twice the frames up to `max_frames`."""
+    return Mark(text=2 * capacity.text, frames=min(2 * capacity.frames, max_frames))
+
+
 class Programs:
     """The compiled functions of one model, shared by all its streams. `compiles` counts traces by name."""
 
@@ -50,7 +55,7 @@ class Programs:
             jax.jit, donate_argnames="cache", compiler_options=_OPTIONS.get(jax.default_backend())
         )
         self.extend = compiled(self._extend)
-        self.generate = compiled(self._generate, static_argnames="limit")
+        self.decode = compiled(self._decode, static_argnames="limit")
         self.grow = jax.jit(kv_cache.grow, static_argnames="slots")
         self.roll_back = jax.jit(kv_cache.roll_back, donate_argnames="cache")
 
@@ -61,30 +66,26 @@ class Programs:
         hidden, _, cache = apply(input_ids, frames, length, cache, method="hidden")
         return apply(hidden[0, read], method="logits"), cache
 
-    def _generate(self, params, cache: Cache, input_ids: Array, length: Array, eos: Array, limit: int):
-        """Appends a chunk of text, then decodes greedily to eos or `limit` tokens.
+    def _decode(self, params, cache: Cache, logits: Array, eos: Array, limit: int):
+        """Decodes greedily from f32[1, V], the logits behind what the cache holds, to eos or `limit` tokens.
 
-        -> (i32[limit] tokens, their count, whether eos came, cache). The cache holds the tokens, eos not.
+        -> (i32[limit] tokens, their count, whether eos came, cache). The cache then holds the tokens, eos not.
         """
-        self.compiles["generate"] = self.compiles.get("generate", 0) + 1
+        self.compiles["decode"] = self.compiles.get("decode", 0) + 1
         apply: Any = functools.partial(self.model.apply, {"params": params})
 
-        def extend(cache, ids, length):
-            hidden, _, cache = apply(ids, None, length, cache, method="hidden")
-            last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[0, 0]
-            logits = apply(last, method="logits")
+        def first_choice(logits):
             # A padded vocabulary may have a row for the frame token; a reply cannot show a frame.
             logits = jnp.where(jnp.arange(logits.size) == self.config.frame_token_id, -jnp.inf, logits)
-            return jnp.argmax(logits).astype(jnp.int32), cache
+            return jnp.argmax(logits).astype(jnp.int32)
 
         def step(state):
             cache, token, out, count = state
             out = out.at[count].set(token)
-            token, cache = extend(cache, token[None, None], jnp.ones(1, jnp.int32))
-            return cache, token, out, count + 1
+            hidden, _, cache = apply(token[None, None], None, jnp.ones(1, jnp.int32), cache, method="hidden")
+            return cache, first_choice(apply(hidden[0, 0], method="logits")), out, count + 1
 
-        token, cache = extend(cache, input_ids, length)
-        state = (cache, token, jnp.zeros(limit, jnp.int32), jnp.int32(0))
+        state = (cache, first_choice(logits[0]), jnp.zeros(limit, jnp.int32), jnp.int32(0))
         cache, token, out, count = jax.lax.while_loop(lambda s: (s[1] != eos) & (s[3] < limit), step, state)
         return out, count, token == eos, cache
 
@@ -128,10 +129,8 @@ class Engine:
                 f"({self.max_frames / self.config.fps:.0f} s): start a new stream, or open it with a larger max_frames"
             )
         capacity = self.capacity
-        while capacity.text < need.text:
-            capacity = capacity._replace(text=2 * capacity.text)
-        while capacity.frames < need.frames:
-            capacity = capacity._replace(frames=min(2 * capacity.frames, self.max_frames))
+        while capacity.text < need.text or capacity.frames < need.frames:
+            capacity = larger(capacity, self.max_frames)
         if capacity != self.capacity:
             slots = tuple(cache_slots(self.config, capacity.frames, capacity.text))
             self.cache, self.capacity = self.programs.grow(self.cache, slots), capacity
@@ -156,15 +155,16 @@ class Engine:
         chunk[0, : len(ids)] = ids
         return chunk, np.array([len(ids)], np.int32)
 
-    def feed_text(self, ids: list[int]) -> None:
-        """Appends text tokens of any number."""
-        longest = self.text_chunks[-1]
+    def feed_text(self, ids: list[int]) -> Array | None:
+        """Appends text tokens of any number; -> f32[1, V], logits at the last (None for none)."""
+        logits, longest = None, self.text_chunks[-1]
         for start in range(0, len(ids), longest):
             part = ids[start : start + longest]
             self._reserve(len(part), 0)
             chunk, length = self._text_chunk(part)
-            _, self.cache = self.programs.extend(self.params, self.cache, chunk, None, length, np.zeros(1, np.int32))
+            logits, self.cache = self.programs.extend(self.params, self.cache, chunk, None, length, length - 1)
             self._record(part, 0)
+        return logits
 
     def feed_frames(self, ids: list[int], frames: np.ndarray, interval: list[int], width: int = 1) -> np.ndarray:
         """Appends text, then frames with `interval` between them; -> f32[m, V], logits at each frame's last token.
@@ -210,15 +210,13 @@ class Engine:
         self.cache = self.programs.roll_back(self.cache, position, frames)
 
     def generate(self, ids: list[int], eos: int, limit: int) -> tuple[list[int], bool]:
-        """Appends text and decodes a reply greedily: -> (its tokens without eos, whether it ended by itself)."""
-        keep = len(ids) % self.text_chunks[-1] or self.text_chunks[-1]
-        self.feed_text(ids[:-keep])
-        ids = ids[-keep:]
+        """Appends text, at least a token, and decodes a reply greedily: -> (its tokens without eos, whether it ended by
+        itself)."""
         self._reserve(len(ids) + limit, 0)
-        chunk, length = self._text_chunk(ids)
-        out, count, ended, self.cache = self.programs.generate(
-            self.params, self.cache, chunk, length, np.int32(eos), limit=limit
+        logits = self.feed_text(ids)
+        out, count, ended, self.cache = self.programs.decode(
+            self.params, self.cache, logits, np.int32(eos), limit=limit
         )
         reply = np.asarray(out)[: int(count)].tolist()
-        self._record(ids + reply, 0)
+        self._record(reply, 0)
         return reply, bool(ended)

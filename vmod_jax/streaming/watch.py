@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from vmod_jax.data import video
 from vmod_jax.data.conversation import NARRATION_INSTRUCTION
+from vmod_jax.errors import user_path
 from vmod_jax.streaming.session import Turn
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def stream_video(
     -> the turns, and {frames, fps, first_reply_seconds, cache_bytes}. A stream that reaches max_frames ends there, with
     a note. Raises UserError for a file that cannot be decoded, and for a model without a vision tower.
     """
-    fps, size = lm.config.fps, lm.image_size
+    path, fps, size = user_path(path), lm.config.fps, lm.image_size
     probed = video.probe(path)
     session = lm.stream(threshold, max_frames=max_frames, max_reply=max_reply, width=width, announce=note)
     if instruction:
@@ -72,8 +73,8 @@ def stream_video(
         said = len(session.turns)
 
     queue: list[np.ndarray] = []
-    with tqdm(total=total, unit="frame", desc=Path(path).name, disable=not progress, leave=False) as bar:
-        for _, frame in video.decode(path, fps, size, allow_partial=allow_partial):
+    with tqdm(total=total, unit="frame", desc=path.name, disable=not progress, leave=False) as bar:
+        for _, frame in video.decode(path, fps, size, allow_partial=allow_partial, note=note):
             if session.frames + len(queue) == max_frames:
                 note(
                     f"the stream ends at max_frames = {max_frames} frames ({max_frames / fps:.0f} s): "

@@ -6,13 +6,12 @@ A file in `configs/` starts from `defaults()` and changes what its experiment ne
 
 import difflib
 import json
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vmod_jax.data.sources.table import SOURCES
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, read_json, user_path
 from vmod_jax.models.depth import explicit_policy, make_policy
 from vmod_jax.models.llama import LlamaConfig, LoraConfig
 from vmod_jax.models.video_lm import VideoLMConfig
@@ -80,6 +79,7 @@ def defaults() -> Config:
     data.world = "plain"  # shapes: a name of data/sources/shapes.py
     data.plain = False  # llava: images and captions alone, without questions and system prompt
     data.missing_images = "refuse"  # llava: records whose images are not there; or "skip"
+    data.allow_outside = False  # narrations: take those outside their video to its ends, however many
     data.path = ""  # prepared: the folder that `vmod data` wrote
     data.train_videos = 256  # shapes only
     data.val_videos = 32
@@ -110,6 +110,11 @@ def defaults() -> Config:
     return config.lock()
 
 
+PATHS = (  # keys that are paths of the user's
+    ("", "init_from"), ("model", "hf_config"), *(("data", key) for key in ("root", "path", "features", "tokenizer"))
+)  # fmt: skip
+
+
 def complete(config: Config) -> Config:
     """`defaults()` with the given values; UserError for a key that is unknown or a value of another type."""
     out = defaults()
@@ -124,6 +129,9 @@ def complete(config: Config) -> Config:
             section[name] = tuple(value) if isinstance(value, list) else value
         except TypeError as error:
             raise UserError(f"config.{'.'.join(path)}={value!r} is not a {type(section[name]).__name__}") from error
+    for section, name in PATHS:
+        if (given := (out[section] if section else out)[name]).startswith("~"):
+            (out[section] if section else out)[name] = str(user_path(given))
     names = ("steps", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every", "eval_batches")
     for name in names:
         if out[name] < 1:
@@ -189,11 +197,11 @@ def make_model(
     """The model of a configuration without init_from; its vocabulary is all that comes before the frame token."""
     model = config.model
     if model.hf_config:
-        path = Path(model.hf_config).expanduser()
+        path = user_path(model.hf_config)
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"config.model.hf_config={model.hf_config}: no such file")
-        llama = LlamaConfig.from_hf_config(json.loads(path.read_text()))
+        llama = LlamaConfig.from_hf_config(read_json(path, "give a config.json of Hugging Face"))
     else:
         llama = LlamaConfig.from_hf_config(
             {"vocab_size": frame_token_id, "rms_norm_eps": 1e-5}

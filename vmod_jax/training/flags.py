@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, user_path
 from vmod_jax.training import config as configuration
 from vmod_jax.training.config import Config
 
@@ -24,6 +24,8 @@ def find_config(name: str) -> str:
     What stands behind a colon is the file's own argument and stays ("llama3_8b:v5e_16").
     """
     stem, colon, argument = name.partition(":")
+    if stem.startswith("~"):
+        return f"{user_path(stem)}{colon}{argument}"
     if not re.fullmatch(r"\w+(/\w+)*", stem) or Path(stem).is_file():
         return name
     files = (folder / f"{stem}.py" for folder in CONFIGS)
@@ -69,7 +71,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path]:
         raise UserError(f"unexpected {' '.join(rest)}; values are given as --config.key=value")
     if config is None or values["workdir"].value is None:
         raise UserError("needs --config FILE (a path, or a name of configs/ such as tiny) and --workdir DIR")
-    return config, Path(values["workdir"].value)
+    return config, user_path(values["workdir"].value)
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ import jax
 from vmod_jax import workdir as folder
 from vmod_jax.data.conversation import stream_format
 from vmod_jax.data.pipeline import batches, make_buckets, open_streams, tokenizer_of
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, user_path
 from vmod_jax.models.depth import doublings_at, loosened
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, num_params
 from vmod_jax.training import config as configuration
@@ -58,9 +58,7 @@ def train(config: Config, workdir: str | Path, *, stop_at: int | None = None) ->
     """
     if str(workdir).startswith("gs:/"):
         raise UserError(f"--workdir {workdir}: give a folder in which that bucket is mounted (launch/tpu.sh --bucket)")
-    config, workdir = configuration.complete(config), Path(workdir).expanduser()
-    if config.init_from:
-        config.init_from = str(Path(config.init_from).expanduser())
+    config, workdir = configuration.complete(config), user_path(workdir)
     say = print if jax.process_index() == 0 else lambda *_: None
 
     # --- data ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, user_path
 
 NOTHING = ""  # what `replacing` may replace
 FORMATS = ("llama", "peft", "llava", "vmod")
@@ -54,7 +54,7 @@ def import_folder(
     from vmod_jax.weights.folder import complete, load_tokenizer, open_folder
 
     started = time.perf_counter()
-    source, out = _source(source), Path(out).expanduser()
+    source, out = _source(source), user_path(out)
     check_absent(out)
     opened = open_folder(source, vision and _source(vision), adapter and _source(adapter), allow_nonfinite)
     config, layers = opened.config, opened.config.llama.num_hidden_layers
@@ -106,7 +106,7 @@ def export_folder(
     from vmod_jax.weights import export
 
     started = time.perf_counter()
-    folder, out = Path(folder).expanduser(), Path(out).expanduser()
+    folder, out = user_path(folder), user_path(out)
     check_absent(out)
     config = workdir.read_model(folder)
     origin = _origin(folder)
@@ -152,7 +152,7 @@ def check_absent(out: Path) -> None:
 
 def _source(path: str | Path) -> Path:
     """A folder or a GGUF file; another single file is a mistake with a known remedy."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if not path.exists():
@@ -170,7 +170,7 @@ def _origin(folder: Path) -> Path:
 
     seen = [folder]
     while source := (workdir.read_config(seen[-1]) or {}).get("init_from"):
-        if not (before := Path(source).expanduser()).is_dir() or before in seen:
+        if not (before := user_path(source)).is_dir() or before in seen:
             break
         seen.append(before)
     return seen[-1]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 
-def encoder(folder: str, grid: tuple[int, int], cls: bool, group: int = 16):
+def encoder(folder: str | Path, grid: tuple[int, int], cls: bool, group: int = 16):
     """The frozen tower of a Hugging Face folder: (u8[F, S, S, 3] -> f16[F, n, d_v], what `meta.json` records)."""
     import jax
     import jax.numpy as jnp

@@ -68,6 +68,9 @@ def test_system_learn_end_and_split(tmp_path):
         ({"video": "v"}, "line 1, video v: no 'conversation'"),
         ({"video": "v", "conversation": turns(("robot", "x", 1))}, "turn 0: 'role' is 'robot'"),
         ({"video": "v", "conversation": turns(("user", "x", "1"))}, "video v: turn 0: 'time' is '1', not a number"),
+        ({"video": "v", "conversation": turns(("user", "x", 1e308))}, "'time' is 1e+308, which is no time of a video"),
+        ({"video": "v", "conversation": turns(("user", "x", 10**400))}, "which is no time of a video"),
+        ({"video": "v", "conversation": turns(("user", "\ud800", 1))}, "which holds half a character"),
         ({"video": "v", "start": 3, "conversation": turns(("user", "x", 1))}, "before its 'start' at 3"),
     ],
 )
@@ -83,6 +86,15 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
     file.write_text('{"video": "w", "conversation": []}\n{')
     with pytest.raises(UserError, match="line 2 is not JSON"):
         list(dialogue_samples(file, {"v": 10.0}, 2))
+    file.write_text("[" * 200_000)
+    with pytest.raises(UserError, match="line 1 is nested too deeply"):
+        list(dialogue_samples(file, {"v": 10.0}, 2))
+
+
+def test_a_mark_in_front_of_the_lines(tmp_path):
+    file = tmp_path / "dialogues.jsonl"
+    file.write_text('{"video": "w", "conversation": []}\n', encoding="utf-8-sig")
+    assert list(dialogue_samples(file, {"v": 10.0}, 2)) == []
 
 
 # --- live chats -------------------------------------------------------------------------------------------------------

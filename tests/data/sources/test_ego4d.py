@@ -2,11 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from vmod_jax.data import video
 from vmod_jax.data.conversation import num_frames
 from vmod_jax.data.sources.ego4d import BENCHMARKS, clean_text, narration_samples
+from vmod_jax.data.sources.table import SOURCES
 from vmod_jax.errors import UserError
+from vmod_jax.training.config import defaults
 
 
 def write(folder, videos, name="narrations.json"):
@@ -229,6 +233,23 @@ def test_questions_stand_where_they_are_asked(tmp_path):
     assert [m["role"] for m in other.conversation] == ["stream", "user", "assistant"]
 
 
+def test_questions_outside_the_narrated_span_are_counted(tmp_path, caplog):
+    spans = [(1.0, "c starts now"), (5.0, "c goes home")]
+    file = write(tmp_path, {"v": spans, "w": [(1.0, "c walks on")]})
+    asked = [(4.9, "Who?", "C."), (-3.0, "Before?", "Yes."), (0.9, "Too early?", "Yes."), (5.0, "Too late?", "Yes.")]
+    questions = [chat("v", *asked), chat("w", (1.0, "Alone?", "Yes.")), chat("unknown", (1.0, "A?", "B."))]
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    narration_samples(file, {"v": 9.0, "w": 9.0}, fps=2)
+    assert [record.message for record in caplog.records] == [
+        "questions.json: 4 of the 5 questions about videos of the split train are left out: they are asked before the "
+        "first narration or after the last"
+    ]
+    caplog.clear()
+    (tmp_path / "questions.json").write_text(json.dumps([chat("v", *asked[:1])]))
+    narration_samples(file, {"v": 9.0, "w": 9.0}, fps=2)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -259,6 +280,25 @@ def test_narrations_that_cannot_be_those_of_the_video(tmp_path, factor):
     with pytest.raises(UserError, match=r"8 of the 8 narrations of video v lie outside its 10\.0 s"):
         narration_samples(file, {"v": 10.0}, 2.0, allow_outside=False)
     assert len(narration_samples(file, {"v": 10.0}, 2.0, allow_outside=True)) == 1
+
+
+@pytest.mark.parametrize("source", ["narration", "ego4d_narration", "ego4d_refined"])
+def test_a_source_refuses_them_until_told_otherwise(tmp_path, source):
+    told = [{"time": 1000.0 * i, "text": f"c takes {i}", "_annotation_uid": "a"} for i in range(1, 9)]
+    of_all = {"videos": {"v": {"narrations": told}}}
+    for name, content in (
+        ("narrations.json", of_all),
+        ("all_narrations_redacted.json", of_all),
+        ("refined_narration_stream_train.json", {"v": {"a": told}}),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+    video.write(tmp_path / "v.mp4", np.zeros((20, 16, 16, 3), np.uint8), 2.0)
+    config = defaults()
+    config.data.root = str(tmp_path)
+    with pytest.raises(UserError, match=r"8 of the 8 narrations of video v lie outside .*data\.allow_outside"):
+        SOURCES[source](config.data, "train", 16)
+    config.data.allow_outside = True
+    assert len(SOURCES[source](config.data, "train", 16).samples) == 1
 
 
 def test_one_narration_of_many_may_lie_outside(tmp_path):

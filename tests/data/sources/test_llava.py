@@ -48,7 +48,7 @@ def folder(tmp_path):
 
 
 def write(folder, records):
-    (folder / "train.json").write_text(json.dumps(records, indent=1, ensure_ascii=False))
+    (folder / "train.json").write_text(json.dumps(records, indent=1))
 
 
 def test_records_become_streams(folder):
@@ -124,6 +124,8 @@ def test_missing_images(folder):
         ({"conversations": [human("x"), human("x")]}, "in alternation"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "a turn is from 'bot'"),
         ({"conversations": [{"from": "gpt"}]}, "no text 'value'"),
+        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "a turn is from"),
+        ({"conversations": [{"from": "human", "value": "\ud800"}]}, "no text 'value'"),
         ({"conversations": [human("x"), gpt("<image>")], "image": "b.png"}, "a gpt turn holds"),
         ({"conversations": []}, "no list 'conversations'"),
         ({"image": 3, "conversations": []}, "'image' must be a path"),
@@ -135,6 +137,13 @@ def test_what_does_not_fit_is_one_line_with_the_record(folder, record, message):
         list(llava.Instructions(folder / "train.json", folder))
     assert "record 3 ('wrong')" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_mark_in_front_of_the_records(folder):
+    write(folder, RECORDS)
+    text, whole = (folder / "train.json").read_text(), list(llava.Instructions(folder / "train.json", folder))
+    (folder / "train.json").write_text(text, encoding="utf-8-sig")
+    assert list(llava.Instructions(folder / "train.json", folder)) == whole
 
 
 @pytest.mark.parametrize(

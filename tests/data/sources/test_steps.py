@@ -101,6 +101,13 @@ def entry(**changes):
         (entry(annotation=[{"label": "wash", "segment": [1]}]), "step 0: 'segment' is [1], not [start, end]"),
         (entry(start="0"), "video v1: 'start' is '0', not a number"),
         (entry(end=float("nan")), "video v1: 'end' is nan"),
+        (entry(end=1e308), "video v1: 'end' is 1e+308, which is no time of a video"),
+        (entry(end=10**400), "which is no time of a video"),
+        (entry(annotation=[{"label": "wash", "segment": [0, 10**400]}]), "step 0: 'segment' is"),
+        (entry(annotation=[{"label": "wash", "segment": [0, True]}]), "step 0: 'segment' is"),
+        (entry(annotation=[{"label": "wa\ud800sh", "segment": [0, 1]}]), "step 0: 'label' is"),
+        (entry(annotation=[{"label": ["x"] * 9999, "segment": [0, 1]}]), "step 0: 'label' is"),
+        ("[" * 200_000, "nested too deeply"),
     ],
 )
 def test_a_bad_coin_file_is_named_in_one_line(tmp_path, value, words):
@@ -108,6 +115,13 @@ def test_a_bad_coin_file_is_named_in_one_line(tmp_path, value, words):
         coin.samples(write(tmp_path / "coin.json", value), {"v1": 9.0}, 2, "train", "step")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_a_mark_in_front_of_a_file(tmp_path):
+    plain, marked = write(tmp_path / "coin.json", entry()), tmp_path / "marked.json"
+    marked.write_text(plain.read_text(), encoding="utf-8-sig")
+    assert coin.samples(marked, {"v1": 9.0}, 2, "train", "step") == coin.samples(plain, {"v1": 9.0}, 2, "train", "step")
 
 
 def test_a_label_that_the_taxonomy_lacks_is_named(tmp_path):

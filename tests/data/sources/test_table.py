@@ -36,7 +36,10 @@ def roots(tmp_path_factory):
 
 
 def data(root, **changes):
-    return ConfigDict({"name": "", "root": str(root), "features": "", "fps": 2.0, "seed": 0, "mix": {}} | changes)
+    return ConfigDict(
+        {"name": "", "root": str(root), "features": "", "fps": 2.0, "seed": 0, "mix": {}, "allow_outside": False}
+        | changes
+    )
 
 
 @pytest.mark.parametrize("source", SOURCES)

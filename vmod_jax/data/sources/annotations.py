@@ -1,38 +1,43 @@
 """Reading annotation files as their data sets ship them: what is missing is named by file, entry and key, in one
 line."""
 
-import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vmod_jax.errors import UserError
+from vmod_jax import errors
+from vmod_jax.errors import UserError, is_number, is_text, parse_json, short
 
 NUMBER = (int, float)
+LONGEST = 1e9  # seconds: no video is that long, and a frame's number still a number
 KINDS = {str: "text", list: "a list", dict: "an object", NUMBER: "a number", bool: "true or false"}
 
 
 def read_json(path: Path) -> Any:
     """The file's value. Raises UserError where it cannot be read or is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path of the annotations") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
+    return errors.read_json(path, "check the path of the annotations")
 
 
 def get(entry: Any, key: str, kind: Any, where: str) -> Any:
-    """entry[key], which must be there, of that kind and, where it is a number, finite; else UserError."""
+    """entry[key], which must be there and of that kind; else UserError.
+
+    Text is such as can be written, a number (of seconds) finite and none that no video can have.
+    """
     if not isinstance(entry, dict) or key not in entry:
         raise UserError(f"{where}: no '{key}'")
     value = entry[key]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{where}: '{key}' is {_short(value)}, not {KINDS.get(kind, 'what is needed')}")
-    if kind is NUMBER and not math.isfinite(value):
-        raise UserError(f"{where}: '{key}' is {value!r}")
+        raise UserError(f"{where}: '{key}' is {short(value)}, not {KINDS.get(kind, 'what is needed')}")
+    if kind is NUMBER and not is_time(value):
+        raise UserError(f"{where}: '{key}' is {short(value)}, which is no time of a video")
+    if kind is str and not is_text(value):
+        raise UserError(f"{where}: '{key}' is {short(value)}, which holds half a character")
     return value
+
+
+def is_time(value: Any) -> bool:
+    """Whether a value is a number of seconds that a video can have."""
+    return is_number(value) and abs(value) <= LONGEST
 
 
 def records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -47,13 +52,8 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"{path.name}: line {number}", json.loads(line)
+                    yield f"{path.name}: line {number}", parse_json(line, f"{path.name}: line {number}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path of the annotations") from error
-    except ValueError as error:
-        raise UserError(f"{path.name}: line {number} is not JSON ({error})") from error
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file ({short(error)})") from error

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vmod_jax.data.conversation import Sample
-from vmod_jax.data.sources.annotations import NUMBER, get, read_json
-from vmod_jax.errors import UserError
+from vmod_jax.data.sources.annotations import NUMBER, get, is_time, read_json
+from vmod_jax.errors import UserError, short
 
 SUBSETS = {"train": "training", "val": "testing", "test": "testing"}
 MOST_STEPS = 5  # that a procedure asks for
@@ -80,8 +80,8 @@ def frames(start: float, end: float, fps: float, last: int) -> tuple[int, int]:
 def span(step: Any, where: str, fps: float, last: int) -> tuple[int, int]:
     """The frames of a step's `segment`."""
     segment = get(step, "segment", list, where)
-    if len(segment) != 2 or not all(isinstance(t, NUMBER) and math.isfinite(t) for t in segment):
-        raise UserError(f"{where}: 'segment' is {segment!r}, not [start, end] in seconds")
+    if len(segment) != 2 or not all(is_time(t) for t in segment):
+        raise UserError(f"{where}: 'segment' is {short(segment)}, not [start, end] in seconds")
     return frames(segment[0], segment[1], fps, last)
 
 

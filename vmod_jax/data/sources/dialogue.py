@@ -21,7 +21,7 @@ import numpy as np
 
 from vmod_jax.data.conversation import Sample
 from vmod_jax.data.sources.annotations import NUMBER, get, records
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, short
 
 WAIT = 20  # frames, at most, that a live chat shows before its first question
 
@@ -119,7 +119,7 @@ def _turns(given: list, where: str) -> list[Turn]:
         here = f"{where}: turn {number}"
         role = get(turn, "role", str, here)
         if role not in ("user", "assistant"):
-            raise UserError(f"{here}: 'role' is {role!r}, not user or assistant")
+            raise UserError(f"{here}: 'role' is {short(role)}, not user or assistant")
         learn = get(turn, "learn", bool, here) if "learn" in turn else True
         content = " ".join(get(turn, "content", str, here).split())
         turns.append(Turn(role, content, float(get(turn, "time", NUMBER, here)), learn))

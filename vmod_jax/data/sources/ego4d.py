@@ -11,6 +11,7 @@ VideoLLM-online (CVPR 2024), section 3.3; file layout and edge cases are the dat
     splits.json                    instead of those, for data of one's own: {"train": [uid], "val": [], "test": []}
 """
 
+import logging
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,10 @@ from typing import Any
 import numpy as np
 
 from vmod_jax.data.conversation import NARRATION_INSTRUCTION, Sample
+from vmod_jax.data.sources.annotations import LONGEST
 from vmod_jax.errors import UserError, few, is_number, is_text, read_json, short
+
+log = logging.getLogger(__name__)
 
 BENCHMARKS = ("goalstep", "fho_lta", "nlq", "moments", "av", "fho_oscc-pnr", "fho_sta", "vq")
 SPLITS = ("train", "val", "test")
@@ -38,7 +42,6 @@ REFINED_INSTRUCTIONS = (
     "Use simple text to explain what is shown in front of me.",
     "What is the action now? Please response in short.",
 )
-LONGEST = 1e9  # seconds: no video is that long, and a frame's number still a number
 OUTSIDE = 0.01  # the share of a video's narrations that may lie outside it: annotators mark the end a little late
 # The camera wearer, other people, what the annotator was unsure of. Order matters: the lone # comes last.
 TAGS = ("#C", "#c", "@c", "#O", "#o", "#Unsure", "#unsure", "#")
@@ -71,36 +74,58 @@ def narration_samples(
     if split not in SPLITS:
         raise UserError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
     questions = _questions(path.with_name("questions.json"), fps)
-    samples = []
+    samples, dropped, asked = [], 0, 0
     for video, entry in _mapping(_read(path), "videos", path).items():
         if video not in durations or in_split(video) != split:
             continue
         by_annotator = _by_annotator(video, entry, path)
         if not allow_outside:
             _check_inside(path, video, [time for every in by_annotator.values() for time, _ in every], durations[video])
-        for narrations in by_annotator.values():
-            samples.extend(_sample(video, narrations, questions.get(video, []), durations[video], fps))
+        here = questions.get(video, [])
+        own = [one for said in by_annotator.values() for one in _sample(video, said, here, durations[video], fps)]
+        asked += len(here)
+        dropped += sum(not any(one.start <= frame < one.stop - 1 for one in own) for frame, _, _ in here)
+        samples += own
+    if dropped:
+        log.warning(
+            "questions.json: %d of the %d questions about videos of the split %s are left out: they are asked before "
+            "the first narration or after the last", dropped, asked, split,
+        )  # fmt: skip
     return samples
 
 
-def refined_samples(file: str | Path, durations: Mapping[str, float], fps: float, seed: int = 0) -> Iterator[Sample]:
+def refined_samples(
+    file: str | Path, durations: Mapping[str, float], fps: float, seed: int = 0, allow_outside: bool = True
+) -> Iterator[Sample]:
     """Narrations that were refined ("you" for the camera wearer): one sample for each (video, annotator) of the file.
 
-    file: {video: {annotator: [{"time", "text"}]}}; durations, fps: as for `narration_samples`. The instruction is one
-    of ten, drawn by (seed, video, annotator); what could not be refined (`FAILED`) is left out.
+    file: {video: {annotator: [{"time", "text"}]}}; durations, fps, allow_outside: as for `narration_samples`. The
+    instruction is one of ten, drawn by (seed, video, annotator); what could not be refined (`FAILED`) is left out.
     """
     path = Path(file)
     for video, annotators in _mapping(_read(path), None, path).items():
         if video not in durations:
             continue
-        for uid, narrations in _mapping(annotators, None, path).items():
-            entry = {"narrations": [{**one, "_annotation_uid": uid} for one in narrations]}
-            said = [(time, text) for time, text in _by_annotator(video, entry, path).get(uid, []) if text != FAILED]
+        by_annotator = {
+            uid: _by_annotator(video, {"narrations": _of_annotator(uid, narrations)}, path).get(uid, [])
+            for uid, narrations in _mapping(annotators, None, path).items()
+        }
+        if not allow_outside:
+            _check_inside(path, video, [time for every in by_annotator.values() for time, _ in every], durations[video])
+        for uid, narrations in by_annotator.items():
+            said = [(time, text) for time, text in narrations if text != FAILED]
             rng = np.random.default_rng([seed, zlib.crc32(f"{video} {uid}".encode())])
             instruction = REFINED_INSTRUCTIONS[rng.integers(len(REFINED_INSTRUCTIONS))]
             for sample in _sample(video, said, [], durations[video], fps):
                 sample.conversation[1]["content"] = instruction
                 yield sample
+
+
+def _of_annotator(uid: str, narrations: Any) -> Any:
+    """Refined narrations with their annotator written in; what is no list of objects is left to be refused."""
+    if not isinstance(narrations, list):
+        return narrations
+    return [{**one, "_annotation_uid": uid} if isinstance(one, dict) else one for one in narrations]
 
 
 def _check_inside(path: Path, video: str, times: list[float], duration: float) -> None:
@@ -110,7 +135,7 @@ def _check_inside(path: Path, video: str, times: list[float], duration: float) -
         raise UserError(
             f"{path.name}: {len(outside)} of the {len(times)} narrations of video {video} lie outside its "
             f"{duration:.1f} s ({min(times):g} s to {max(times):g} s): are their times seconds of this video? "
-            "--allow-outside takes them to its ends"
+            "--allow-outside (data.allow_outside) takes them to its ends"
         )
 
 

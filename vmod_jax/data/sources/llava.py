@@ -15,9 +15,9 @@ never held in memory: where its records begin and end is found once, and kept in
 """
 
 import hashlib
-import json
 import mmap
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ import numpy as np
 
 from vmod_jax.data import stills
 from vmod_jax.data.conversation import Sample
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, is_text, parse_json, short, user_path
 
 IMAGE = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -54,7 +54,7 @@ class Instructions(Sequence[Sample]):
     ):
         if missing not in MISSING:
             raise UserError(f"missing images: '{missing}' is unknown, use one of {', '.join(MISSING)}")
-        self.file, self.images, self.plain = Path(file).expanduser(), Path(images).expanduser(), plain
+        self.file, self.images, self.plain = user_path(file), user_path(images), plain
         if not self.file.is_file():
             raise UserError(f"{self.file}: no such file; vmod downloads no data set")
         self._places = _indexed(self.file, cache)
@@ -90,11 +90,8 @@ class Instructions(Sequence[Sample]):
         with self.file.open("rb") as file:
             file.seek(start)
             text = file.read(stop - start)
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{self.file}: record {number} is not JSON ({error})") from error
-        return record, f"{self.file}: record {number} ({record.get('id')!r})"
+        record = parse_json(text, f"{self.file}: record {number}")
+        return record, f"{self.file}: record {number} ({short(record.get('id'))})"
 
     def _is_there(self, number: int) -> bool:
         return all((self.images / path).is_file() for path in image_paths(*self._record(number)))
@@ -133,10 +130,12 @@ def _turns(record: dict, where: str) -> list[tuple[str, str]]:
         raise UserError(f"{where} has no list 'conversations'")
     turns = []
     for turn in said:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        if not isinstance(turn, dict) or not is_text(turn.get("value")):
             raise UserError(f"{where}: a turn has no text 'value'")
-        if turn.get("from") not in ROLES:
-            raise UserError(f"{where}: a turn is from {turn.get('from')!r}, which must be one of {', '.join(ROLES)}")
+        if not isinstance(turn.get("from"), str) or turn["from"] not in ROLES:
+            raise UserError(
+                f"{where}: a turn is from {short(turn.get('from'))}, which must be one of {', '.join(ROLES)}"
+            )
         turns.append((ROLES[turn["from"]], turn["value"]))
     turns = turns if turns[0][0] == "user" else turns[1:]
     if not turns or turns[0][0] != "user" or any(a[0] == b[0] for a, b in pairwise(turns)):
@@ -172,7 +171,7 @@ def _records(file: Path) -> Iterator[tuple[int, int]]:
     if not file.stat().st_size:
         return
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        if text[:4096].lstrip()[:1] != b"[":
+        if text[:4096].removeprefix(BOM_UTF8).lstrip()[:1] != b"[":
             return
         depth = start = 0
         for found in _TOKENS.finditer(text):

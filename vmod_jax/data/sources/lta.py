@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from vmod_jax.data.conversation import Sample
 from vmod_jax.data.sources.annotations import NUMBER, get, read_json
 from vmod_jax.data.sources.coin import NUMBERED, ask, numbered
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, short
 
 SEEN, COMING = 8, 20  # actions
 # Names that their brackets tell apart; every other bracket is left out.
@@ -100,5 +100,5 @@ def _checked(action: Any, names: Taxonomy, where: str) -> dict:
     get(action, "action_idx", int, where)
     for key, known in (("verb_label", names.verbs), ("noun_label", names.nouns)):
         if not 0 <= (label := get(action, key, int, where)) < len(known):
-            raise UserError(f"{where}: '{key}' is {label}, the taxonomy has {len(known)}")
+            raise UserError(f"{where}: '{key}' is {short(label)}, the taxonomy has {len(known)}")
     return action

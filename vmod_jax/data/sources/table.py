@@ -21,7 +21,7 @@ from vmod_jax.data.features import Features
 from vmod_jax.data.sources import coin, dialogue, egoexo4d, lta
 from vmod_jax.data.storage import open_source, read_meta
 from vmod_jax.data.streams import Streams, Videos, spot_tokenizer
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, user_path
 
 Source = Callable[[Any, str, int], Streams]
 
@@ -37,13 +37,13 @@ def shapes(data: Any, split: str, image_size: int) -> Streams:
     # Another world than today's would be other videos under the same name.
     digest = zlib.crc32(repr(world).encode())
     name = "-".join(["shapes", data.world, *map(str, counts.values()), f"seed{data.seed}", f"{digest:08x}"])
-    root = Path(data.root).expanduser() if data.root else cache_folder() / name
+    root = user_path(data.root) if data.root else cache_folder() / name
     if not (root / "narrations.json").exists():
         shapes.generate(root, **counts, seed=data.seed, world=world)
     there = {name: len(videos) for name, videos in json.loads((root / "splits.json").read_text()).items()}
     if there != counts:
         raise UserError(f"{root} holds {there} videos, the configuration says {counts}: name another data.root")
-    return _narrated(root, data.fps, split, image_size, shapes.sentences(world))
+    return _narrated(root, data, split, image_size, shapes.sentences(world))
 
 
 def narration(data: Any, split: str, image_size: int) -> Streams:
@@ -52,12 +52,12 @@ def narration(data: Any, split: str, image_size: int) -> Streams:
     Its tokenizer is one trained on the spot on the narrations of the training split; for a large model name its own in
     data.tokenizer.
     """
-    return _narrated(Path(data.root).expanduser(), data.fps, split, image_size)
+    return _narrated(user_path(data.root), data, split, image_size)
 
 
 def prepared(data: Any, split: str, image_size: int) -> Streams:
     """A folder that `vmod data` wrote: pixels, or features (then image_size does not matter)."""
-    path = Path(data.path).expanduser()
+    path = user_path(data.path)
     meta = read_meta(path)
     same = {"fps": float(data.fps)} | ({"size": image_size} if meta["kind"] == "pixels" else {})
     source = open_source(path, split, same)
@@ -67,11 +67,12 @@ def prepared(data: Any, split: str, image_size: int) -> Streams:
     return Streams(source.samples, frames, spot_tokenizer(_replies(open_source(path, "train").samples)))
 
 
-def _narrated(root: Path, fps: float, split: str, image_size: int, texts: Sequence[str] | None = None) -> Streams:
+def _narrated(root: Path, data: Any, split: str, image_size: int, texts: Sequence[str] | None = None) -> Streams:
     from vmod_jax.data.sources.ego4d import narration_samples
 
-    videos = Videos(root, fps, image_size)
-    read = functools.partial(narration_samples, root / "narrations.json", videos, fps)
+    videos = Videos(root, data.fps, image_size)
+    outside = data.allow_outside
+    read = functools.partial(narration_samples, root / "narrations.json", videos, data.fps, allow_outside=outside)
     samples = read(split)
     if texts is None:
         texts = _replies(samples if split == "train" else read("train"))
@@ -87,7 +88,7 @@ def _replies(samples: Sequence[Sample]) -> list[str]:
 
 def folder_of(folder: str | Path, name: str) -> Path:
     """The data set's folder: `name` below the one given, or that one itself."""
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     return folder / name if (folder / name).is_dir() else folder
 
 
@@ -127,7 +128,9 @@ def ego4d_narration(data: Any, split: str, image_size: int) -> Streams:
     from vmod_jax.data.sources.ego4d import narration_samples
 
     frames, file = frames_of(data, "ego4d", EGO4D_VIDEOS, image_size), ego4d_annotations(data) / NARRATIONS
-    return _streams(frames, split, functools.partial(narration_samples, file, frames, data.fps))
+    outside = data.allow_outside
+    read = functools.partial(narration_samples, file, frames, data.fps, allow_outside=outside)
+    return _streams(frames, split, read)
 
 
 def ego4d_refined(data: Any, split: str, image_size: int) -> Streams:
@@ -136,7 +139,7 @@ def ego4d_refined(data: Any, split: str, image_size: int) -> Streams:
 
     frames, folder = frames_of(data, "ego4d", EGO4D_VIDEOS, image_size), ego4d_annotations(data)
     read = lambda split: refined_samples(  # noqa: E731
-        folder / f"refined_narration_stream_{split}.json", frames, data.fps, data.seed
+        folder / f"refined_narration_stream_{split}.json", frames, data.fps, data.seed, data.allow_outside
     )
     return _streams(frames, split, read)
 
@@ -231,7 +234,7 @@ def split_videos(root: str | Path, count: int) -> list[str]:
     """
     from vmod_jax.data.sources.ego4d import video_splits
 
-    root = Path(root).expanduser()
+    root = user_path(root)
     found: dict[str, set[str]] = {}
     if (file := folder_of(root, "coin") / "coin.json").is_file():
         for split in ("train", "test"):
