@@ -36,7 +36,7 @@ def test_the_main_job_writes_its_report(tmp_path, capsys):
         assert {*METRICS, "train_seconds", "step_seconds", "flops"} <= report["policies"][policy].keys()
         assert (tmp_path / policy / "model.json").exists()
     assert report["policies"]["interleaved"]["flops"] < report["policies"]["full"]["flops"]
-    assert {"always_silent", "always_speak"} == report["baselines"].keys()
+    assert {"always_silent", "always_speak", "copy_last"} == report["baselines"].keys()
     assert report["stream"]["frames"] > 10
     assert report["stream"]["replies"][0]["role"] == "user"
     times = [reply["time"] for reply in report["stream"]["replies"]]
