@@ -14,7 +14,7 @@ if [ "${1:-}" = --with ]; then
   [ $# -gt 1 ] || { echo "test.sh: --with needs a Python" >&2 && exit 2; }
   PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$2" -m pytest "${@:3}"
 fi
-environment dev,serve
+environment dev,gguf,serve
 environment torch || echo "PyTorch could not be installed: the tests that need it will be skipped."
 case " $* " in *" --all "*)
   # XLA's compiler for TPUs, beside the environment: within it, every JAX program would look for a TPU.
