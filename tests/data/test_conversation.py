@@ -101,6 +101,23 @@ def test_tiny_model_samples_are_identical(goldens):
         assert encoded.labels.tolist() == sample["labels"]
 
 
+def test_contents_keep_their_white_space():
+    fmt = stream_format(character_tokenizer(), tokens_per_frame=1)
+    conversation = [
+        {"role": "system", "content": " \nWatch. \n"},
+        stream(1),
+        user("  a?\n "),
+        assistant(" \n b.  "),
+    ]
+    text = "<s> \nWatch. \n\n\n[<v>]\nUser:   a?\n \nAssistant:  \n b.  </s>"
+    assert render(conversation, fmt) == text
+    encoded = encode(conversation, fmt)
+    assert "".join(fmt.tokenizer.convert_ids_to_tokens(encoded.input_ids)) == text
+    assert targets(encoded, fmt) == ["]", "Assistant:  \n b.  </s>"]
+    asked = "".join(fmt.tokenizer.convert_ids_to_tokens(prompt_ids(conversation[:3], fmt)))
+    assert asked == text[: text.index("  \n b.")]
+
+
 @pytest.mark.parametrize("tokenizer", [character_tokenizer, metaspace_tokenizer])
 def test_bracket_and_line_break_as_two_tokens(tokenizer):
     fmt = stream_format(tokenizer(), tokens_per_frame=2)

@@ -99,6 +99,23 @@ def test_a_chunk_against_a_cache_is_the_end_of_the_whole(chunk):
             np.testing.assert_allclose(got[b], expected[b][used[b] : used[b] + chunk], atol=1e-6)
 
 
+def test_tiles_are_merged_in_float32(monkeypatch):
+    """Of a hundred tiles of 16 bits: a running output of 16 bits would be rounded at each (0.7% and 1% off)."""
+    rng, size = np.random.default_rng(8), 800
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
+    (q, k, v), (_, cache_k, cache_v), whole = draw(rng, 2, 2), draw(rng, 0, size), draw(rng, size, size)
+    cached = [x.astype(jnp.bfloat16) for x in (q, k, 1 + v, cache_k, 1 + cache_v)]
+    low = [x.astype(jnp.bfloat16) for x in (whole[0], whole[1], 1 + whole[2])]
+    used = jnp.array([size - 3, size])
+    exact = lambda arrays: [x.astype(jnp.float32) for x in arrays]  # noqa: E731
+    for got, want in (
+        (attention._blocked_cache(*cached, used), cache_attention(*exact(cached), used, backend="reference")),
+        (blocked(*low, 8), causal_attention(*exact(low))),
+    ):
+        assert got.dtype == jnp.bfloat16
+        assert jnp.linalg.norm(got.astype(jnp.float32) - want) < 4e-3 * jnp.linalg.norm(want)
+
+
 def test_splash_is_the_reference():
     """The TPU's kernel, interpreted: two rows of a length that needs padding, grouped heads."""
     q, k, v = (

@@ -326,6 +326,7 @@ def test_the_rule():
     assert rule(logits, 0.0).tolist() == [False, False, True]
     assert rule(logits, 1.0).tolist() == [True, True, True]
     assert rule(logits + 1e4, 0.725).tolist() == [True, False, True]  # no overflow
+    assert rule(np.zeros((1, 2), np.float32), 0.5).tolist() == [False]  # at the threshold: silent
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------

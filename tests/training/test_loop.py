@@ -19,9 +19,10 @@ from vmod_jax import workdir
 from vmod_jax.commands.train import main
 from vmod_jax.data.pipeline import batches, make_buckets, open_streams
 from vmod_jax.errors import UserError
+from vmod_jax.models.llama import LoraConfig
 from vmod_jax.models.video_lm import VideoLM
 from vmod_jax.training import config as configuration
-from vmod_jax.training.checkpoint import load_params, save_params
+from vmod_jax.training.checkpoint import Checkpoints, load_params, save_params
 from vmod_jax.training.flags import parse
 from vmod_jax.training.loop import train
 from vmod_jax.training.metrics import MetricsLog, read_metrics
@@ -62,8 +63,17 @@ def test_what_a_run_leaves(whole, config):
     assert list((folder / "tensorboard").iterdir())
 
 
-def test_stop_and_resume_is_bit_identical(whole, config, tmp_path):
+def test_stop_and_resume_is_bit_identical(whole, config, tmp_path, monkeypatch):
+    saved, save = [], Checkpoints.save
+
+    def look(checkpoints, step, *arguments):
+        saved.append((step, [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")]))
+        return save(checkpoints, step, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", look)
     assert train(config, tmp_path, stop_at=4).step == 4
+    assert saved  # before a checkpoint, the lines of all steps that it knows are in the file
+    assert all(lines == list(range(1, step + 1)) for step, lines in saved)
     assert len(_losses(tmp_path)) == 4
     # As if it had been killed after two more steps, of which no checkpoint knows.
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -285,6 +295,33 @@ def test_accumulation_is_the_whole_batch():
     for path, x in expected.items():
         assert np.asarray(x).any(), path
         np.testing.assert_allclose(got[path], x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=path)
+
+
+def test_dropout_is_drawn_anew_in_every_step():
+    """And again the same for the same step, whatever came before: that is what a resumed run needs."""
+    from tiny_models import D_V, VOCAB, make_config, make_params
+
+    config = make_config("full", lora=LoraConfig(rank=4, alpha=8, dropout=0.5))
+    params, n, rows, labels = make_params(config), config.tokens_per_frame, 2, 4
+    ids = np.tile(np.r_[1, 2, [VOCAB] * n, 3, 4, 5], (rows, 1)).astype(np.int32)
+    batch = {
+        "input_ids": ids,
+        "frames": np.ones((rows, 1, n, D_V), np.float32),
+        "length": np.full(rows, ids.shape[1], np.int32),
+        "label_pos": np.tile(np.arange(labels, dtype=np.int32) + n, (rows, 1)),
+        "label": np.tile(np.arange(labels, dtype=np.int32), (rows, 1)),
+        "label_weight": np.ones((rows, labels), np.float32),
+        "label_is_stream": np.zeros((rows, labels), bool),
+    }
+    still = optax.set_to_zero()
+    mesh = make_mesh(configuration.defaults().mesh, rows, 8, 2)
+    state = State(params, still.init(params), jax.random.key_data(jax.random.key(0)))
+    step_function, losses = make_step(VideoLM(config), still, state, mesh), []
+    for step in (0, 1, 2, 1):
+        state, parts = step_function(state, {}, batch, step)
+        losses.append(float(parts["loss"]))
+    assert len(set(losses[:3])) == 3
+    assert losses[3] == losses[1]
 
 
 def test_a_process_that_does_not_know_the_others(monkeypatch, tmp_path):
