@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, few, read_json
 from vmod_jax.models.video_lm import VideoLMConfig
 
 
@@ -39,10 +39,7 @@ def read_model(workdir: str | Path) -> VideoLMConfig:
 def read_config(workdir: str | Path) -> dict[str, Any] | None:
     """Its config.json; None for an imported folder. Raises UserError when it cannot be read."""
     path = Path(workdir) / "config.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else None
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}): say what to do with --config") from error
+    return read_json(path, "say what to do with --config") if path.is_file() else None
 
 
 def tokenizer_folder(workdir: str | Path) -> Path | None:
@@ -55,9 +52,7 @@ def check_same_model(workdir: str | Path, model: VideoLMConfig) -> None:
     """Raises UserError naming the keys in which the workdir's model.json differs from `model`."""
     there = json.loads(read_model(workdir).to_json())
     if names := differing_keys(there, json.loads(model.to_json())):
-        raise UserError(
-            f"{workdir} holds another model: {'; '.join(names)}; use another --workdir, or the same settings"
-        )
+        raise UserError(f"{workdir} holds another model: {few(names)}; use another --workdir, or the same settings")
 
 
 def differing_keys(there: Any, here: Any, prefix: str = "") -> list[str]:

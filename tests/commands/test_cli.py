@@ -182,6 +182,13 @@ def test_a_full_disk_under_any_command(error, mistake, monkeypatch):
     assert line.endswith("); make room, then run it again")
 
 
+def test_a_name_that_no_file_can_have(mistake):
+    line = mistake("stream", "x" * 5000, "--workdir", "run")
+    assert line.startswith("vmod stream: 'xxx")
+    assert line.endswith("File name too long")
+    assert len(line) < 200
+
+
 def test_another_error_is_a_fault_of_ours(monkeypatch):
     def fails(argv):
         raise OSError(errno.EAGAIN, "try again")

@@ -78,3 +78,6 @@ def test_any_resolution_runs_at_its_own(tmp_path):
 def test_a_table_that_is_not_square_is_refused():
     with pytest.raises(UserError, match="a table of 24 positions is not square"):
         VisionConfig.from_hf_config({"model_type": "siglip2_vision_model", **TINY, "num_patches": 24})
+    for change in ({"num_patches": "25"}, {"num_patches": 1.5}, {"num_patches": None}, {"patch_size": "7"}):
+        with pytest.raises(UserError, match="not a"):
+            VisionConfig.from_hf_config({"model_type": "siglip2_vision_model", **TINY, "num_patches": 25, **change})

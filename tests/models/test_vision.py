@@ -389,3 +389,5 @@ def test_configs_of_our_own_that_do_not_run():
         VisionConfig.from_dict({"kind": "vit", "image_size": 32, "patch_size": 4, "hidden_size": 48})
     with pytest.raises(UserError, match="unknown fields heads"):
         VisionConfig.from_dict({"kind": "patches", "heads": 4})
+    with pytest.raises(UserError, match="unknown fields a0, a1, a10 and 97 more"):
+        VisionConfig.from_dict({"kind": "patches", **{f"a{i}": i for i in range(100)}})

@@ -317,6 +317,9 @@ def test_broken_checkpoints_leave_nothing(tmp_path, capsys):
     for kind in ("gpt2", "qwen2_moe", "siglip"):
         (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
         attempt(f"model_type '{kind}' is not supported")
+    for kind in (["llama"], {}, None, 3):
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+        attempt("is not supported: bring one of")
     (folder / "config.json").unlink()
     attempt("has no config.json")
 

@@ -336,7 +336,7 @@ def test_broken_indexes(tmp_path):
     index.write_text(json.dumps({"weight_map": {**written["weight_map"], "ghost": shard.name}}))
     with pytest.raises(UserError, match=rf"{shard.name} lacks ghost"):
         TensorReader(tmp_path)
-    for file in (None, 3, ["a"], "../elsewhere.safetensors", "/etc/passwd", "", "."):
+    for file in (None, 3, ["a"], "../elsewhere.safetensors", "/etc/passwd", "", ".", "x" * 5000, "\ud800"):
         index.write_text(json.dumps({"weight_map": {**written["weight_map"], "odd": file}}))
         with pytest.raises(UserError, match=r"does not name a file of its folder for odd: "):
             TensorReader(tmp_path)

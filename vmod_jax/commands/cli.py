@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from vmod_jax import __version__
 from vmod_jax.caches import keep_compiled_programs
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, short
 
 
 class Command(NamedTuple):
@@ -90,12 +90,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141  # the reader of our output has gone
     except Exception as error:
-        if (reason := refused_by_disk(error)) is None:
+        if isinstance(error, OSError) and error.errno in NAMES:
+            print(f"vmod {name}: {short(error.filename)}: {error.strerror}", file=sys.stderr)
+        elif reason := refused_by_disk(error):
+            print(f"vmod {name}: a file cannot be written ({reason}); make room, then run it again", file=sys.stderr)
+        else:
             raise
-        print(f"vmod {name}: a file cannot be written ({reason}); make room, then run it again", file=sys.stderr)
         return 2
 
 
+NAMES = (errno.ENAMETOOLONG, errno.ELOOP)  # what no file can be called
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 

@@ -95,8 +95,8 @@ class LlamaConfig:
 
         Raises UserError for an architecture or an option that this decoder does not compute.
         """
-        if (kind := hf.get("model_type", "llama")) not in KINDS:
-            raise UserError(f"model_type '{kind}' is not supported: bring one of {', '.join(KINDS)}")
+        if not isinstance(kind := hf.get("model_type", "llama"), str) or kind not in KINDS:
+            raise UserError(f"model_type {short(kind)} is not supported: bring one of {', '.join(KINDS)}")
         missing = [
             name
             for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vmod_jax.errors import UserError, short
+from vmod_jax.errors import UserError, few, short
 from vmod_jax.models.values import boolean, count, number
 
 Params = dict[str, Any]
@@ -122,7 +122,8 @@ class VisionConfig:
         if config.get("model_type") in ("siglip2", "siglip2_vision_model"):
             config = {
                 **config,
-                "image_size": _native_side(config.get("num_patches", 256)) * config.get("patch_size", 16),
+                "image_size": _native_side(count(config, "num_patches", 256, file=_FILE))
+                * _one_side(config.get("patch_size", 16), "patch_size"),
             }
         if kind is None:
             raise UserError(
@@ -156,7 +157,7 @@ class VisionConfig:
         """The inverse of `to_dict`; raises UserError for unknown fields."""
         unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
-            raise UserError(f"vision: unknown fields {', '.join(sorted(unknown))}; remove them")
+            raise UserError(f"vision: unknown fields {few(sorted(unknown))}; remove them")
         return cls(**values)
 
 

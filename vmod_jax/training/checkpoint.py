@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, few
 from vmod_jax.training.sharding import placements
 
 Tree = Any
@@ -107,7 +107,7 @@ def load_params(workdir: str | Path, mesh: Mesh | None = None, step: int | None 
         if step is None:
             _no_checkpoint(workdir)
         if step not in steps:
-            raise UserError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+            raise UserError(f"{workdir} has no checkpoint of step {step}; there are {few([*map(str, steps)])}")
         tree = _stored_arrays(checkpoints.manager.directory / str(step) / "params")
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         one = SingleDeviceSharding(jax.devices()[0])

@@ -68,7 +68,7 @@ def open_folder(
     form = None
     if raw.get("model_type") == MODEL_TYPE:
         config, arrays = _open_vmod(path, raw, allow_nonfinite)
-    elif raw.get("model_type") in llava.KINDS:
+    elif str(raw.get("model_type")) in llava.KINDS:
         config, arrays, form = llava.open_llava(path, raw, allow_nonfinite)
     else:
         llama = LlamaConfig.from_hf_config(raw)  # a kind that is not supported is named before its weights are opened

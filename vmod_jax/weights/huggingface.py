@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vmod_jax.errors import UserError, few, read_json, short
+from vmod_jax.errors import UserError, few, is_text, read_json, short
 from vmod_jax.models.vision import VisionConfig, parameter_shapes
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 Params = dict[str, Any]
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+LONGEST_NAME = 255  # bytes, of a file, on any disk
 _PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth")
 # Constants that old versions of transformers stored among the weights.
 _BUFFERS = (".rotary_emb.inv_freq", "embeddings.position_ids")
@@ -172,9 +173,7 @@ def _tensor_files(folder: Path) -> dict[Path, set[str] | None]:
         places = _read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise UserError(f"{index} has no weight_map; download it again")
-        wrong = [
-            f"{name}: {short(f)}" for name, f in places.items() if not isinstance(f, str) or Path(f).name != (f or None)
-        ]
+        wrong = [f"{name}: {short(file)}" for name, file in places.items() if not _is_file_name(file)]
         if wrong:
             raise UserError(f"{index} does not name a file of its folder for {few(wrong)}; download it again")
         files: dict[Path, set[str] | None] = {folder / file: set() for file in places.values()}
@@ -194,7 +193,7 @@ def _tensor_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and value != "" and Path(value).name == value
+    return is_text(value) and value != "" and Path(value).name == value and len(value.encode()) <= LONGEST_NAME
 
 
 def refuse_pickles(folder: Path, pattern: str) -> str:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, short
 from vmod_jax.models.depth import make_policy
 from vmod_jax.models.llama import LlamaConfig
+from vmod_jax.models.values import number
 from vmod_jax.models.video_lm import VideoLMConfig
 from vmod_jax.models.vision import VisionConfig
 from vmod_jax.weights import huggingface as hf
@@ -99,7 +100,7 @@ def open_llava(
     kind = KINDS[raw["model_type"]]
     for option, known in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
         if (value := raw.get(option, known)) != known:
-            raise UserError(f"{path}: {option}={value!r} is not supported: this connector has {known!r}")
+            raise UserError(f"{path}: {option}={short(value)} is not supported: this connector has {short(known)}")
     llama = LlamaConfig.from_hf_config(text_config(raw))
     vision, cls = _vision(path, raw, kind)
     side = vision.side
@@ -131,10 +132,12 @@ def open_llava(
 
 def text_config(raw: dict[str, Any]) -> dict[str, Any]:
     """The config of a LLaVA's language model, whole. Raises UserError for another than a Llama or Qwen."""
-    text = raw.get("text_config") or {}
+    text = _section(raw, "text_config")
     kind = text.get("model_type", "qwen2" if raw["model_type"] == "llava_onevision" else "llama")
     if kind not in ("mistral", *_TEXT_DEFAULTS):
-        raise UserError(f"text_config.model_type '{kind}' is not supported: bring a LLaVA of a Llama, Mistral or Qwen2")
+        raise UserError(
+            f"text_config.model_type {short(kind)} is not supported: bring a LLaVA of a Llama, Mistral or Qwen2"
+        )
     defaults = _TEXT_SIZES | _TEXT_DEFAULTS[kind] if kind in _TEXT_DEFAULTS else {}
     whole = {"model_type": kind, **defaults, **text}
     tied = raw.get("tie_word_embeddings") or whole.get("tie_word_embeddings")
@@ -143,16 +146,25 @@ def text_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _vision(path: Path, raw: dict[str, Any], kind: Kind) -> tuple[VisionConfig, bool]:
     """The tower with the hidden state that its connector is given, and whether its CLS token comes along."""
-    vision = VisionConfig.from_hf_config(raw["vision_config"])
+    vision = VisionConfig.from_hf_config(_section(raw, "vision_config"))
     layer = raw.get("vision_feature_layer", kind.layer)
-    if not isinstance(layer, int):
-        raise UserError(f"{path}: vision_feature_layer={layer}: features of several layers are not supported")
+    if isinstance(layer, list):
+        raise UserError(f"{path}: vision_feature_layer={short(layer)}: features of several layers are not supported")
+    if not isinstance(layer, int) or isinstance(layer, bool):
+        raise UserError(f"{path}: vision_feature_layer={short(layer)} is no number of a layer; correct config.json")
     layer -= vision.num_hidden_layers + 1 if layer >= 0 else 0
     strategy = raw.get("vision_feature_select_strategy", kind.strategy)
     if strategy not in ("default", "full") or (vision.kind == "siglip" and strategy == "default"):
-        raise UserError(f"{path}: vision_feature_select_strategy={strategy!r} is not supported with {vision.kind}")
+        raise UserError(f"{path}: vision_feature_select_strategy={short(strategy)} is not supported with {vision.kind}")
     fields = vision.to_dict() | {"feature_layer": layer}
     return VisionConfig.from_dict(fields), vision.kind == "clip" and strategy == "full"
+
+
+def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object of config.json; {} where it is left out."""
+    if not isinstance(section := raw.get(name) or {}, dict):
+        raise UserError(f"config.json: {name} is {short(section)}, not an object; correct it")
+    return section
 
 
 def newline(reader: TensorReader, width: int) -> LazyArray:
@@ -162,7 +174,8 @@ def newline(reader: TensorReader, width: int) -> LazyArray:
 
 
 def _token_id(raw: dict[str, Any], what: str) -> int:
-    return raw.get(f"{what}_token_index", raw.get(f"{what}_token_id", 0))
+    name = next((name for name in (f"{what}_token_index", f"{what}_token_id") if name in raw), None)
+    return int(number(raw, name, above=-1)) if name else 0
 
 
 def tensors(params: Params, vision: VisionConfig, prefixes: dict[str, str]) -> Iterator[tuple[str, np.ndarray]]:
