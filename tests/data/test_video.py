@@ -233,6 +233,8 @@ def test_a_gap_is_not_filled_but_said(tmp_path, jump):
     assert [time for time, _ in got] == [i / 2 for i in range(len(got))]
     assert len(notes) == 1
     assert f"jump by {jump - 0.04:.2f} s at 1.54 s" in notes[0]
+    duration = video.probe(tmp_path / "a.mkv").duration  # by which is planned what is to be written
+    assert duration == pytest.approx(len(got) / 2, abs=0.5)
     filled = sum(1 for _ in video.decode(tmp_path / "a.mkv", 0.5, 32, max_gap=1e9, note=notes.append))
     assert filled == (1.54 + jump + 0.5) // 2 + 1 if jump < 100 else filled > 100_000
     assert len(notes) == 1

@@ -5,9 +5,10 @@ decoder's frames are dropped as soon as they are passed: memory does not grow wi
 (a clock that is set anew, a last frame days later), the gap is left out and said.
 """
 
+import heapq
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from vmod_jax.errors import NAMED, UserError
 
 log = logging.getLogger(__name__)
 
+SPARSE = 20_000  # bytes a second: of a file that has fewer it is soon seen whether its time stamps jump
+REORDERED = 16  # frames, in H.264 and H.265
 MAX_GAP = 10.0  # seconds: a longer jump of the time stamps is no pause of a film; FFmpeg's own threshold
 RATES = (1e-4, 1e4)  # frames a second at which a video may be sampled
 
@@ -31,7 +34,7 @@ class VideoInfo(NamedTuple):
 
     width: int
     height: int
-    duration: float | None  # seconds; None when the file does not say
+    duration: float | None  # seconds, gaps of the time stamps left out; None when the file does not say
     fps: float | None  # native frames a second, the average where it varies; None when unknown
 
 
@@ -100,11 +103,40 @@ def probe(path: str | Path) -> VideoInfo:
             duration = float(stream.duration * stream.time_base)
         else:
             duration = container.duration / av.time_base if container.duration else None
+        if duration and Path(path).stat().st_size < SPARSE * duration:
+            duration = _without_gaps(path)
         rate = stream.average_rate or stream.guessed_rate
         width, height = _display_size(frame, _pixel_aspect(stream))
         if _turns(frame)[0]:
             width, height = height, width
         return VideoInfo(round(width), round(height), duration, float(rate) if rate else None)
+
+
+def _without_gaps(path: str | Path) -> float:
+    """Seconds that `decode` shows of a file, by the time stamps of its packets alone."""
+    with _open(path) as (container, stream):
+        usual = min(1 / Fraction(stream.average_rate or stream.guessed_rate or 25), Fraction(MAX_GAP))
+        total, end = Fraction(0), None
+        for time, duration in _stamps(container, stream):
+            duration = duration if 0 < duration <= MAX_GAP else usual
+            # Up to the end of this frame: from the end of the one before or, behind a gap, from its own start.
+            total += duration if end is None or abs(time - end) > MAX_GAP else time + duration - end
+            end = time + duration
+    return float(total)
+
+
+def _stamps(container: Any, stream: Any) -> Iterator[tuple[Fraction, Fraction]]:
+    """Time and duration of each packet in the order in which they are shown, which differs by `REORDERED` at most."""
+    waiting: list[tuple[Fraction, Fraction]] = []
+    with suppress(FFmpegError):  # what breaks off in its middle is said when it is decoded
+        for packet in container.demux(stream):
+            if packet.pts is not None:
+                stamp = packet.pts * stream.time_base, (packet.duration or 0) * stream.time_base
+                if len(waiting) < REORDERED:
+                    heapq.heappush(waiting, stamp)
+                else:
+                    yield heapq.heappushpop(waiting, stamp)
+    yield from sorted(waiting)
 
 
 def picture(data: bytes, size: int) -> np.ndarray:
