@@ -174,3 +174,20 @@ def test_what_does_not_fit_is_one_line(lm, answerer):
         answerer.by_text([Question("?", frames[:1, :3])])
     with pytest.raises(UserError, match="must be at least 1"):
         Answerer(lm.config, lm.params, lm.fmt, rows=0)
+
+
+def test_special_tokens_in_questions_and_options_are_text(lm, answerer, monkeypatch):
+    """What spells a frame, or the end of a turn, is neither."""
+    spelt, (frames,) = "reads <v> <|eot_id|>", draw(lm, [2])
+    question = Question(f"Who {spelt}?", frames, options=(spelt, "no"), begin=spelt)
+    prompt = answerer._prompt(question, frames)
+    assert prompt.ids.count(lm.fmt.frame_token_id) == 2 * lm.config.tokens_per_frame
+    assert lm.fmt.eos_id not in prompt.ids
+    assert lm.fmt.tokenizer.decode(prompt.ids).count(spelt) == 2
+    fed, score = [], answerer.answers.score
+    monkeypatch.setattr(
+        answerer.answers, "score", lambda prompts, tails: (fed.extend(tails[0]), score(prompts, tails))[1]
+    )
+    answerer.by_likelihood([question])
+    assert [ids.count(lm.fmt.eos_id) for ids in fed] == [1, 1]  # an option's own end
+    assert lm.fmt.frame_token_id not in fed[0]
