@@ -70,11 +70,13 @@ def test_text_and_labels(fmt):
 class Recorder:
     """An engine without a model: it keeps what it is fed, and speaks after the frames that it is told to."""
 
+    forgets_anything = True
+
     def __init__(self, programs, params, max_frames, announce, chunk):
         self.fmt, self.speak_after, self.replies, self.max_frames = *params, max_frames
         self.ids, self.shown = [], 0
 
-    def feed_frames(self, ids, frames, interval, width=1):
+    def send_frames(self, ids, frames, interval, width=1):
         n = self.fmt.tokens_per_frame
         self.ids += [*ids, *([self.fmt.frame_token_id] * n)]
         for _ in frames[1:]:

@@ -22,7 +22,7 @@ from vmod_jax.models.depth import make_policy
 from vmod_jax.models.llama import LlamaConfig, rms_norm
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params
 from vmod_jax.streaming.engine import Engine, Mark, Programs, larger
-from vmod_jax.streaming.session import Session, Turn, silence, wants_to_speak
+from vmod_jax.streaming.session import Session, Turn, choices, wants_to_speak
 
 D_V, FPS = 4, 2.0
 REPLIES = ("A red ball rolls.", "It stops.", "You are cooking [, I think]", "Nothing.\nUser: me?", "x")
@@ -320,13 +320,57 @@ def test_frames_that_do_not_fit_leave_the_stream_as_it_was(formats):
 def test_the_rule():
     """P(interval) < threshold speaks, and so does another first choice, whatever the threshold."""
     logits = np.log(np.array([[0.7, 0.3], [0.8, 0.2], [0.4, 0.6]], np.float32))
-    np.testing.assert_allclose(silence(logits, 0), [0.7, 0.8, 0.4], rtol=1e-6)
-    rule = lambda logits, threshold: wants_to_speak(logits, silence(logits, 0), 0, threshold)  # noqa: E731
+    np.testing.assert_allclose(choices(logits, 0)[0], [0.7, 0.8, 0.4], rtol=1e-6)
+    rule = lambda logits, threshold: wants_to_speak(*map(np.asarray, choices(logits, 0)), 0, threshold)  # noqa: E731
     assert rule(logits, 0.725).tolist() == [True, False, True]
     assert rule(logits, 0.0).tolist() == [False, False, True]
     assert rule(logits, 1.0).tolist() == [True, True, True]
     assert rule(logits + 1e4, 0.725).tolist() == [True, False, True]  # no overflow
     assert rule(np.zeros((1, 2), np.float32), 0.5).tolist() == [False]  # at the threshold: silent
+
+
+def test_choices_on_the_device_are_those_of_exact_logits():
+    logits = np.random.default_rng(0).normal(scale=9, size=(50, 1000)).astype(np.float32)
+    exact = np.exp(logits.astype(np.float64))
+    silent, best = choices(logits, 7)
+    np.testing.assert_allclose(silent, exact[:, 7] / exact.sum(-1), rtol=2e-5)
+    assert best.tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("speaks", "asked", "events"),
+    [
+        ([0] * 6, None, "send send read send read read"),
+        ([0, 1, 0, 0, 0, 0], None, "send send read send send read read"),  # what was sent too early is sent again
+        ([0, 0, 0, 1], None, "send send read read"),
+        ([0] * 6, 3, "send send read read send read"),  # nothing beyond the frame of a question
+        ([0] * 6, 1.5, "send read send send read read"),
+    ],
+)
+def test_a_call_is_sent_before_the_answer_before_it_is_read(formats, monkeypatch, speaks, asked, events):
+    seen = []
+    session = scripted(formats("trained"), width=2, max_frames=len(speaks))
+    get, extend = jax.device_get, session.engine.programs.extend
+    monkeypatch.setattr(jax, "device_get", lambda x: seen.append("read") or get(x))
+    session.engine.programs.extend = lambda *x: (x[3] is not None and seen.append("send")) or extend(*x)
+    if asked is not None:
+        session.ask("Q", asked / FPS)
+    session.push_many(frames_of(speaks))
+    assert " ".join(seen) == events
+    assert session.frames == session.engine.used.frames == len(session.silence) == len(speaks)
+
+
+def test_nothing_is_sent_early_where_it_could_not_be_taken_back(formats, monkeypatch):
+    session = scripted(formats("trained"), width=2)
+    session.push_many(frames_of([0] * 2))
+    with pytest.raises(UserError, match=r"shape \[3, 4\]"):
+        session.push_many([*frames_of([0, 0]), np.zeros((3, D_V), np.float32)])
+    assert session.frames == session.engine.used.frames == 4  # those before the wrong one are shown
+    sent, send = [], session.engine.send_frames
+    monkeypatch.setattr(type(session.engine), "forgets_anything", False)
+    session.engine.send_frames = lambda *x: sent.append(session.frames) or send(*x)
+    session.push_many(frames_of([0] * 6))
+    assert sent == [4, 6, 8]
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------
@@ -383,12 +427,14 @@ def streamed(lm, seen):
     engine, feed = session.engine, session.engine.feed_frames
 
     def listening(*args):
+        engine.send_frames = send
         logits.append(feed(*args)[0])
+        engine.send_frames = listening
         silent = np.full((1, len(logits[-1])), -1e9)
         silent[0, lm.fmt.interval_id] = 0 if len(logits) % 9 else -2e9  # speaks after every ninth frame
         return silent
 
-    engine.feed_frames = listening
+    send, engine.send_frames = engine.send_frames, listening
     frames = draw_frames(70)
     session.ask("What is it?", 30.2)
     compiles = []

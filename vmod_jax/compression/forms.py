@@ -40,6 +40,7 @@ class Form(NamedTuple):
     roll_back: (layer, position i32[B]) -> the layer without tokens of that position or later
     exact_from: layer -> i32[B], the earliest position to which it can be rolled back
     num_bytes: layer, of arrays or of their shapes -> bytes of keys and values
+    exact: whether it can be rolled back to any position
     """
 
     holds: type
@@ -53,6 +54,7 @@ class Form(NamedTuple):
     roll_back: Callable[[Any, Array], Any]
     exact_from: Callable[[Any], Array]
     num_bytes: Callable[[Any], int]
+    exact: bool = False
 
 
 def _coded(codec: Codec) -> Form:
@@ -65,7 +67,7 @@ def _coded(codec: Codec) -> Form:
 CACHES = {
     "float": Form(
         LayerCache, 512, floats.make, floats.write, floats.advance, floats.read, None, floats.grow,
-        floats.roll_back, floats.exact_from, floats.num_bytes,
+        floats.roll_back, floats.exact_from, floats.num_bytes, True,
     ),
     "int8": _coded(INT8),
     "2bit": _coded(Codec("two", "two")),

@@ -169,6 +169,13 @@ class Engine:
     def feed_frames(self, ids: list[int], frames: np.ndarray, interval: list[int], width: int = 1) -> np.ndarray:
         """Appends text, then frames with `interval` between them; -> f32[m, V], logits at each frame's last token.
 
+        As `send_frames`, which returns before they are computed.
+        """
+        return np.asarray(self.send_frames(ids, frames, interval, width))[: len(frames)]
+
+    def send_frames(self, ids: list[int], frames: np.ndarray, interval: list[int], width: int = 1) -> Array:
+        """Appends text, then frames with `interval` between them; -> f32[width, V] on the device, padding last.
+
         frames: u8[m, S, S, 3] pixels or f32[m, n, d_v] features, m <= width; width: frames that the call is compiled
         for (the rest is padding).
         """
@@ -191,7 +198,12 @@ class Engine:
         length = np.array([len(tokens)], np.int32)
         logits, self.cache = self.programs.extend(self.params, self.cache, chunk, padded, length, read)
         self._record(tokens, count)
-        return np.asarray(logits)[:count]
+        return logits
+
+    @property
+    def forgets_anything(self) -> bool:
+        """Whether `forget_frames` can go back over all that the stream holds."""
+        return CACHES[self.config.cache].exact
 
     def forget_frames(self, count: int, interval: list[int]) -> None:
         """Rolls back over the last `count` frames, each with the interval before it.

@@ -7,6 +7,8 @@ held back until a frame or a reply follows, because tokens may merge across the 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vmod_jax.data.conversation import DEFAULT_SYSTEM_PROMPT, StreamFormat
@@ -112,19 +114,23 @@ class Session:
     def push_many(self, frames: Sequence[np.ndarray]) -> list[Turn]:
         """Shows queued frames in calls of up to `width`, with the same replies as one `push` each.
 
-        Where the model speaks in the middle of a call, the stream is rolled back to that frame.
+        A call is sent off before the answer of the one before it is read, as if that were silence. Where the model
+        speaks in the middle of a call, or one was sent after it, the stream is rolled back to that frame.
         """
         first_turn, queue = len(self.turns), [np.asarray(frame) for frame in frames]
+        ahead: _Shown | None = None
         while queue:
             self._answer_until(self.frames - SNAP)
-            chunk = queue[: self._frames_until_query()]
-            speaks, silent = self._show(np.stack(chunk))
-            shown = len(chunk) if speaks is None else speaks + 1
-            self.frames += shown
-            self.silence += silent[:shown].tolist()
-            if speaks is not None and shown < len(chunk):
-                self.engine.forget_frames(len(chunk) - shown, self.fmt.interval_ids)
-            queue = queue[shown:]
+            shown = ahead or self._show(np.stack(queue[: self._frames_until_query()]))
+            ahead = self._show_ahead(queue, shown.count)
+            silent, speaks = shown.read(self.fmt.interval_id, self.threshold)
+            count = shown.count if speaks is None else speaks + 1
+            self.frames += count
+            self.silence += silent[:count].tolist()
+            if speaks is not None and (too_many := shown.count + (ahead.count if ahead else 0) - count):
+                self.engine.forget_frames(too_many, self.fmt.interval_ids)
+                ahead = None
+            queue = queue[count:]
             last = self.frames - 1
             if self._queries and self._queries[0].place <= last:
                 self._answer_until(last)
@@ -140,24 +146,37 @@ class Session:
 
     # --- the protocol -------------------------------------------------------------------------------------------------
 
-    def _frames_until_query(self) -> int:
-        """Frames that may be shown before the next question must be answered: at most `width`, and no more than fit."""
-        count = min(self.width, self.engine.max_frames - self.frames)
+    def _frames_until_query(self, ahead: int = 0) -> int:
+        """Frames that may be shown before the next question must be answered: at most `width`, and no more than fit.
+
+        ahead: frames that come before them; then there may be none (0 or less).
+        """
+        shown = self.frames + ahead
+        count = min(self.width, self.engine.max_frames - shown)
         if self._queries:
             # The last frame that is not later than the question is the last one before its answer.
-            count = min(count, int(self._queries[0].place) - self.frames + 1)
-        return max(1, count)
+            count = min(count, int(self._queries[0].place) - shown + 1)
+        return count if ahead else max(1, count)
 
-    def _show(self, frames: np.ndarray) -> tuple[int | None, np.ndarray]:
-        """Feeds frames; -> index of the first after which the model wants to speak, f64[m] P(interval)."""
+    def _show_ahead(self, queue: list[np.ndarray], count: int) -> "_Shown | None":
+        """Feeds what follows `count` frames whose answer is not read yet; None where that must be read first."""
+        following = queue[count : count + max(0, self._frames_until_query(count))]
+        waits = bool(self._queries) and self._queries[0].place < self.frames + count - SNAP
+        if not following or waits or not self.engine.forgets_anything:
+            return None
+        try:
+            return self._show(np.stack(following))
+        except (UserError, ValueError):
+            return None  # of a frame that is not like the others: said in its turn
+
+    def _show(self, frames: np.ndarray) -> "_Shown":
+        """Feeds frames."""
         text = self._pending_text + (self.fmt.interval if self._in_stream else self.fmt.open_stream)
         ids = self._pending_ids + self.fmt.tokenize(text)
         width = 1 if len(frames) == 1 else self.width
-        logits = self.engine.feed_frames(ids, frames, self.fmt.interval_ids, width)
+        logits = self.engine.send_frames(ids, frames, self.fmt.interval_ids, width)
         self._pending_ids, self._pending_text, self._in_stream = [], "", True
-        silent = silence(logits, self.fmt.interval_id)
-        speaks = np.flatnonzero(wants_to_speak(logits, silent, self.fmt.interval_id, self.threshold))
-        return int(speaks[0]) if len(speaks) else None, silent
+        return _Shown(len(frames), *choices(logits, self.fmt.interval_id))
 
     def _answer_until(self, place: float) -> None:
         """Answers the questions of up to `place` frames."""
@@ -181,16 +200,29 @@ class Session:
         return said
 
 
-def silence(logits: np.ndarray, interval_id: int) -> np.ndarray:
-    """P(interval), the probability of staying silent. f32[m, V] -> f64[m]."""
-    logits = logits.astype(np.float64)
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    return shifted[:, interval_id] / shifted.sum(-1)
+class _Shown(NamedTuple):
+    """`count` frames that were fed. silent, best: what `choices` says of them and of padding, perhaps not known yet."""
+
+    count: int
+    silent: jax.Array
+    best: jax.Array
+
+    def read(self, interval_id: int, threshold: float) -> tuple[np.ndarray, int | None]:
+        """Waits for them: -> f32[m] P(interval), the index of the first after which the model wants to speak."""
+        silent, best = (x[: self.count] for x in jax.device_get((self.silent, self.best)))
+        speaks = np.flatnonzero(wants_to_speak(silent, best, interval_id, threshold))
+        return silent, int(speaks[0]) if len(speaks) else None
 
 
-def wants_to_speak(logits: np.ndarray, silent: np.ndarray, interval_id: int, threshold: float) -> np.ndarray:
-    """The rule after each frame: P(interval) < threshold, or the interval is not the argmax.
+@jax.jit
+def choices(logits: Any, interval_id: int) -> tuple[jax.Array, jax.Array]:
+    """P(interval), the probability of staying silent, and the first choice: f32[m, V] -> f32[m], i32[m].
 
-    logits: f32[m, V]; silent: their `silence`, f64[m] -> bool[m].
+    On the device: what comes back is two numbers a frame.
     """
-    return (silent < threshold) | (logits.argmax(-1) != interval_id)
+    return jax.nn.softmax(logits)[:, interval_id], jnp.argmax(logits, -1)
+
+
+def wants_to_speak(silent: np.ndarray, best: np.ndarray, interval_id: int, threshold: float) -> np.ndarray:
+    """The rule after each frame: P(interval) < threshold, or the interval is not the first choice: -> bool[m]."""
+    return (silent < threshold) | (best != interval_id)
