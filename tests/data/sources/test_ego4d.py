@@ -245,6 +245,10 @@ def test_questions_outside_the_narrated_span_are_counted(tmp_path, caplog):
         "first narration or after the last"
     ]
     caplog.clear()
+    (tmp_path / "questions.json").write_text(json.dumps([chat("v", (-1e308, "Who?", "C."))]))
+    narration_samples(file, {"v": 9.0, "w": 9.0}, fps=2)
+    assert "1 of the 1 questions" in caplog.text
+    caplog.clear()
     (tmp_path / "questions.json").write_text(json.dumps([chat("v", *asked[:1])]))
     narration_samples(file, {"v": 9.0, "w": 9.0}, fps=2)
     assert not caplog.records

@@ -124,6 +124,40 @@ def test_a_mark_in_front_of_a_file(tmp_path):
     assert coin.samples(marked, {"v1": 9.0}, 2, "train", "step") == coin.samples(plain, {"v1": 9.0}, 2, "train", "step")
 
 
+TAKE = {
+    "take_uid": "t",
+    "root_dir": "takes/t",
+    "duration_sec": 9.0,
+    "frame_aligned_videos": {"aria01": {"rgb": {"relative_path": "a.mp4"}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("cameras", "words"),
+    [
+        ({"aria01": None}, "'aria01' is None, not an object"),
+        ({"aria01": {"rgb": "a.mp4"}}, "'rgb' is 'a.mp4', not an object"),
+        ({"aria01": {"rgb": {"relative_path": ["a.mp4"]}}}, "'relative_path' is ['a.mp4'], not text"),
+    ],
+)
+def test_a_bad_take_is_named_in_one_line(tmp_path, cameras, words):
+    write(tmp_path / "takes.json", [{**TAKE, "frame_aligned_videos": cameras}])
+    with pytest.raises(UserError, match=r"takes\.json: take 0") as error:
+        list(egoexo4d.segments(tmp_path, "train", 2))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("names", [[1], [None], [["cut"]], {"0": "cut"}])
+def test_names_that_are_no_text(tmp_path, names):
+    file = write(tmp_path / "taxonomy.json", {"verbs": names, "nouns": ["bread"]})
+    with pytest.raises(UserError, match=r"taxonomy\.json: "):
+        lta.taxonomy(file)
+    (tmp_path / "annotations").mkdir()
+    write(tmp_path / "annotations" / "keystep_train.json", {"vocabulary": {"1": names}})
+    with pytest.raises(UserError, match="'vocabulary': '1' is"):
+        egoexo4d.vocabulary(tmp_path, "train")
+
+
 def test_a_label_that_the_taxonomy_lacks_is_named(tmp_path):
     names = lta.Taxonomy(["take"], ["cup"])
     clip = {"clip_uid": "c", "video_uid": "v", "clip_parent_start_sec": 0, "action_clip_start_sec": 0,

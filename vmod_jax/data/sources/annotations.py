@@ -10,7 +10,14 @@ from vmod_jax.errors import UserError, is_number, is_text, parse_json, short
 
 NUMBER = (int, float)
 LONGEST = 1e9  # seconds: no video is that long, and a frame's number still a number
-KINDS = {str: "text", list: "a list", dict: "an object", NUMBER: "a number", bool: "true or false"}
+KINDS = {
+    str: "text",
+    (list, dict): "a list or an object",
+    list: "a list",
+    dict: "an object",
+    NUMBER: "a number",
+    bool: "true or false",
+}
 
 
 def read_json(path: Path) -> Any:
@@ -18,7 +25,7 @@ def read_json(path: Path) -> Any:
     return errors.read_json(path, "check the path of the annotations")
 
 
-def get(entry: Any, key: str, kind: Any, where: str) -> Any:
+def get(entry: Any, key: Any, kind: Any, where: str) -> Any:
     """entry[key], which must be there and of that kind; else UserError.
 
     Text is such as can be written, a number (of seconds) finite and none that no video can have.
@@ -33,6 +40,13 @@ def get(entry: Any, key: str, kind: Any, where: str) -> Any:
     if kind is str and not is_text(value):
         raise UserError(f"{where}: '{key}' is {short(value)}, which holds half a character")
     return value
+
+
+def texts(entry: Any, key: str, kind: type[list] | type[dict], where: str) -> list[str]:
+    """The values of entry[key], which must be a list or an object of texts; else UserError."""
+    found = get(entry, key, kind, where)
+    named = found if isinstance(found, dict) else dict(enumerate(found))
+    return [get(named, name, str, f"{where}: '{key}'") for name in named]
 
 
 def is_time(value: Any) -> bool:

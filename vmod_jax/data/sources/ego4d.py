@@ -253,7 +253,7 @@ def _questions(path: Path, fps: float) -> dict[str, list[tuple[int, str, str]]]:
                     raise UserError(
                         f"{path}: an answer of {chat['video_uid']} has {short(answered['content'])} as its 'content'"
                     )
-                frame = math.floor(min(asked["time"], LONGEST) * fps + 1e-9)
+                frame = math.floor(max(min(asked["time"], LONGEST), -LONGEST) * fps + 1e-9)
                 found.setdefault(chat["video_uid"], []).append((frame, asked["content"], answered["content"]))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not a list of conversations in the schema of Ego4D's live chats ({error})") from error

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from vmod_jax.data.conversation import Sample
-from vmod_jax.data.sources.annotations import NUMBER, get, read_json
+from vmod_jax.data.sources.annotations import NUMBER, get, read_json, texts
 from vmod_jax.data.sources.coin import STEP_PROMPT, ask, frames, sentence
 from vmod_jax.errors import UserError
 
@@ -64,7 +64,7 @@ def segments(root: str | Path, split: str, fps: float) -> Iterator[Segment]:
 def vocabulary(root: str | Path, split: str) -> list[str]:
     """The names of all steps, sorted."""
     file = Path(root) / "annotations" / f"keystep_{split}.json"
-    return sorted(set(get(read_json(file), "vocabulary", dict, str(file)).values()))
+    return sorted(set(texts(read_json(file), "vocabulary", dict, str(file))))
 
 
 def _aria_videos(file: Path) -> dict[str, tuple[str, float]]:
@@ -76,8 +76,11 @@ def _aria_videos(file: Path) -> dict[str, tuple[str, float]]:
     for number, take in enumerate(takes):
         where = f"{file.name}: take {number}"
         cameras: Mapping[str, Any] = get(take, "frame_aligned_videos", dict, where)
-        aria = next((streams for camera, streams in cameras.items() if camera.lower().startswith("aria")), {})
-        if path := (aria.get("rgb") or {}).get("relative_path"):
+        name = next((camera for camera in cameras if camera.lower().startswith("aria")), None)
+        aria = get(cameras, name, dict, where) if name else {}
+        rgb = get(aria, "rgb", dict, f"{where}, {name}") if aria.get("rgb") else {}
+        if rgb.get("relative_path"):
+            path = get(rgb, "relative_path", str, f"{where}, {name}")
             video = str(PurePosixPath(get(take, "root_dir", str, where)) / path)
             found[get(take, "take_uid", str, where)] = (video, float(get(take, "duration_sec", NUMBER, where)))
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vmod_jax.data.conversation import Sample
-from vmod_jax.data.sources.annotations import NUMBER, get, read_json
+from vmod_jax.data.sources.annotations import NUMBER, get, read_json, texts
 from vmod_jax.data.sources.coin import NUMBERED, ask, numbered
 from vmod_jax.errors import UserError, short
 
@@ -57,7 +57,8 @@ class Window(NamedTuple):
 def taxonomy(file: str | Path) -> Taxonomy:
     """Verbs and nouns as they are said: "turn_on" -> "turn on", "cut_(trim,_slice)" -> "cut"."""
     raw = read_json(Path(file))
-    return Taxonomy(*([spoken(name) for name in get(raw, key, list, str(file))] for key in ("verbs", "nouns")))
+    verbs, nouns = (texts(raw, key, list, str(file)) for key in ("verbs", "nouns"))
+    return Taxonomy([spoken(name) for name in verbs], [spoken(name) for name in nouns])
 
 
 def spoken(name: str) -> str:
