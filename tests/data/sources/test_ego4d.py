@@ -143,7 +143,7 @@ def test_splits_json(tmp_path):
         narration_samples(file, durations, 2)
 
 
-def test_test_videos_are_those_that_are_not_val(tmp_path):
+def test_test_videos_are_those_that_are_not_val(tmp_path, caplog):
     file = write(tmp_path, {uid: [(1, "c walks")] for uid in "abc"})
     for benchmark in BENCHMARKS:
         (tmp_path / f"{benchmark}_val.json").write_text(json.dumps({"videos": [{"video_uid": "a"}]}))
@@ -153,6 +153,7 @@ def test_test_videos_are_those_that_are_not_val(tmp_path):
     durations = dict.fromkeys("abc", 9.0)
     got = [[s.video for s in narration_samples(file, durations, 2, split)] for split in ("train", "val", "test")]
     assert got == [["c"], ["a"], ["b"]]
+    assert "1 videos are in split files of val and in some of test: taken for val" in caplog.text
     (tmp_path / "nlq_val.json").unlink()
     with pytest.raises(UserError, match=r"missing: nlq_val\.json"):
         narration_samples(file, durations, 2)

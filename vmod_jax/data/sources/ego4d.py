@@ -270,6 +270,8 @@ def _split_of(folder: Path) -> Callable[[str], str | None]:
     missing = [file.name for file in expected if not file.is_file()]
     if not missing:
         val, test = ({uid for file in files[split] for uid in _video_uids(file)} for split in ("val", "test"))
+        if both := len(val & test):
+            log.warning("%s: %d videos are in split files of val and in some of test: taken for val", folder, both)
         return lambda video: "val" if video in val else "test" if video in test else "train"
     splits = folder / "splits.json"
     if splits.is_file():
