@@ -28,7 +28,7 @@ def small(name):
 @pytest.fixture
 def few_tokens(monkeypatch):
     for name in CODED:
-        monkeypatch.setitem(forms.CACHES, name, forms._coded(small(name)))
+        monkeypatch.setitem(forms.CACHES, name, forms.coded(small(name)))
 
 
 def conversation(config, seed=0):

@@ -57,7 +57,8 @@ class Form(NamedTuple):
     exact: bool = False
 
 
-def _coded(codec: Codec) -> Form:
+def coded(codec: Codec) -> Form:
+    """The form whose groups of tokens a codec holds: see `growing`."""
     return Form(
         Grouped, 128, partial(growing.make, codec=codec), growing.write, growing.advance, growing.read, growing.attend,
         growing.grow, growing.roll_back, growing.exact_from, growing.num_bytes,
@@ -69,10 +70,10 @@ CACHES = {
         LayerCache, 512, floats.make, floats.write, floats.advance, floats.read, None, floats.grow,
         floats.roll_back, floats.exact_from, floats.num_bytes, True,
     ),
-    "int8": _coded(INT8),
-    "2bit": _coded(Codec("two", "two")),
-    "vidkv2": _coded(dataclasses.replace(VIDKV, value="two")),
-    "vidkv": _coded(VIDKV),
+    "int8": coded(INT8),
+    "2bit": coded(Codec("two", "two")),
+    "vidkv2": coded(dataclasses.replace(VIDKV, value="two")),
+    "vidkv": coded(VIDKV),
 }  # fmt: skip
 
 
