@@ -143,6 +143,30 @@ def test_a_file_a_question_and_a_mistake(page, clip):
     page.until("run.turns.at(-2)?.text === 'And now?'")
 
 
+def test_the_example_is_watched_and_its_kept_tokens_drawn(page):
+    """The overlay is the picture where the layer kept a cell, and darker where it did not; the switch takes it away."""
+    assert page.run("at('kept').hidden && at('routed').hidden")
+    page.run("document.getElementById('fast').click(); at('example').click()")
+    page.until("document.getElementById('said').textContent.includes('nothing more to see')")
+    assert 16 <= page.run("run.sent") == page.run("run.taken") <= 24
+    assert page.run("run.pictures.length") == 0
+    kept = json.loads(page.run("JSON.stringify(run.kept)"))
+    assert page.run("[...at('layer').options].map(o => o.value).join()") == ",".join(["all", *kept])
+    assert re.search(r"[\d.]+ frames a second, cache [\d,]+ bytes", page.run("at('numbers').textContent"))
+    for layer, tokens in kept.items():
+        page.run(f"at('layer').value = {layer}; at('layer').onchange()")
+        colour = "((c, x, y) => [...c.getContext('2d').getImageData(x, y, 1, 1).data].slice(0, 3))"
+        for cell in range(9):
+            x, y = 80 + 160 * (cell % 3), 80 + 160 * (cell // 3)
+            over, seen = (
+                np.array(json.loads(page.run(f"JSON.stringify({colour}(at('{name}'), {x} / {part}, {y} / {part}))")))
+                for name, part in (("kept", 1), ("seen", 20))
+            )
+            np.testing.assert_allclose(over, seen * (1 if cell + 1 in tokens else 0.35), atol=30)
+    page.run("at('overlay').click()")
+    assert page.run("at('kept').hidden && !at('routed').hidden")
+
+
 def test_a_camera_the_threshold_and_an_end(page):
     page.run("at('camera').click()")
     page.until("run && run.silence.length >= 2")

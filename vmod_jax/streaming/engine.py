@@ -60,11 +60,15 @@ class Programs:
         self.roll_back = jax.jit(kv_cache.roll_back, donate_argnames="cache")
 
     def _extend(self, params, cache: Cache, input_ids: Array, frames: Array | None, length: Array, read: Array):
-        """Appends a chunk. input_ids: i32[1, C]; length: i32[1]; read: i32[R] -> (f32[R, V] logits there, cache)."""
+        """Appends a chunk. input_ids: i32[1, C]; length: i32[1]; read: i32[R].
+
+        -> (f32[R, V] logits there, {layer: i32[1, F, k] kept tokens} of the routed layers, cache)
+        """
         self.compiles["extend"] = self.compiles.get("extend", 0) + 1
         apply: Any = functools.partial(self.model.apply, {"params": params})
-        hidden, _, cache = apply(input_ids, frames, length, cache, method="hidden")
-        return apply(hidden[0, read], method="logits"), cache
+        hidden, routed, cache = apply(input_ids, frames, length, cache, method="hidden")
+        kept = {layer: decision.kept for layer, decision in routed.items()}
+        return apply(hidden[0, read], method="logits"), kept, cache
 
     def _decode(self, params, cache: Cache, logits: Array, eos: Array, limit: int):
         """Decodes greedily from f32[1, V], the logits behind what the cache holds, to eos or `limit` tokens.
@@ -112,6 +116,7 @@ class Engine:
         self.capacity = Mark(text=first_text, frames=min(first_frames, max_frames))
         self.used = Mark(0, 0)
         self.input_ids: list[int] = []  # everything the stream has been fed
+        self.kept: dict[int, Array] = {}  # {layer: i32[1, width, k]} of the last frames that were sent
         self.text_chunks = [size for size in TEXT_CHUNKS if size <= CACHES[self.config.cache].longest]
         chunk = max(chunk, frames_chunk(self.config.tokens_per_frame, 1, 0), self.text_chunks[-1])
         self.cache = make_cache(self.config, self.capacity.frames, self.capacity.text, chunk=chunk)
@@ -162,7 +167,7 @@ class Engine:
             part = ids[start : start + longest]
             self._reserve(len(part), 0)
             chunk, length = self._text_chunk(part)
-            logits, self.cache = self.programs.extend(self.params, self.cache, chunk, None, length, length - 1)
+            logits, _, self.cache = self.programs.extend(self.params, self.cache, chunk, None, length, length - 1)
             self._record(part, 0)
         return logits
 
@@ -196,7 +201,7 @@ class Engine:
         padded = np.zeros((1, width, *frames.shape[1:]), frames.dtype)
         padded[0, :count] = frames
         length = np.array([len(tokens)], np.int32)
-        logits, self.cache = self.programs.extend(self.params, self.cache, chunk, padded, length, read)
+        logits, self.kept, self.cache = self.programs.extend(self.params, self.cache, chunk, padded, length, read)
         self._record(tokens, count)
         return logits
 

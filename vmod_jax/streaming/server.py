@@ -6,18 +6,23 @@ Streams share the model, which computes for one of them at a time. Messages are 
     page -> server   a JPEG                  the next frame
                      {"ask": TEXT}           answered at once; before the first frame, with it
                      {"threshold": P}        from the next frame on
-    server -> page   {"hello": {...}}        once: name, fps, size, max_frames, threshold, window
+    server -> page   {"hello": {...}}        once: name, fps, size, max_frames, threshold, window, cls, grid
                      {"frames": ..., ...}    after each piece of work: what `Live.take` returns
                      {"errors": [TEXT]}      the stream is over
+
+A frame's tokens are its CLS token, where `cls` is true, then a `grid` of cells, row by row (null: no such tokens).
+The server also makes a short clip, /clip.mp4, for whoever has nothing else to show.
 
 The page keeps at most `window` frames on their way: of a camera frames are left out then (and counted), a file waits.
 """
 
 import asyncio
+import functools
 import itertools
 import json
 import logging
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +32,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vmod_jax.data import video
 from vmod_jax.data.conversation import NARRATION_INSTRUCTION
+from vmod_jax.data.sources import shapes
 from vmod_jax.data.video import picture
 from vmod_jax.errors import UserError
+from vmod_jax.models.video_lm import VideoLMConfig
 
 if TYPE_CHECKING:
     from vmod_jax.lm import LanguageModel
@@ -39,7 +47,7 @@ try:
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.responses import FileResponse
+    from starlette.responses import FileResponse, Response
     from starlette.routing import Route, WebSocketRoute
     from starlette.websockets import WebSocket, WebSocketDisconnect
 except ImportError as error:
@@ -59,16 +67,16 @@ class Live:
     def __init__(self, lm: "LanguageModel", instruction: str, **options: Any):
         self.size = lm.image_size
         self.notes: list[str] = []
-        self.session = lm.stream(announce=self.notes.append, **options)
+        self.session = lm.stream(announce=self.notes.append, routing=True, **options)
         if instruction:
             self.session.ask(instruction, 0.0)
 
     def take(self, messages: Sequence[bytes | str]) -> dict[str, Any]:
         """Works off messages in their order, frames that follow one another together.
 
-        -> {taken: pictures among them; frames: seen so far; silence: P(interval) after each new one; turns, notes,
-        errors: the new ones; seconds: what this took; cache_bytes}. A message that cannot be used is one line of
-        errors, and the stream goes on.
+        -> {taken: pictures among them; frames: seen so far; silence: P(interval) after each new one; kept: {layer: [its
+        kept tokens]} of each new one; turns, notes, errors: the new ones; seconds: what this took; cache_bytes}. A
+        message that cannot be used is one line of errors, and the stream goes on.
         """
         session, errors, began = self.session, [], time.perf_counter()
         frames, turns = session.frames, len(session.turns)
@@ -88,6 +96,7 @@ class Live:
             "taken": sum(isinstance(message, bytes) for message in messages),
             "frames": session.frames,
             "silence": session.silence[frames:],
+            "kept": session.kept[frames:],
             "turns": [turn._asdict() for turn in session.turns[turns:]],
             "notes": notes,
             "errors": errors,
@@ -120,6 +129,22 @@ def _collect(errors: list[str]) -> Iterator[None]:
         errors.append(str(error))
 
 
+def cells(config: VideoLMConfig) -> tuple[int, int] | None:
+    """Rows and columns of a frame's cells, a token each; None where tokens are merged into others."""
+    return (config.pooled or config.grid) if config.merger == "none" else None
+
+
+@functools.cache
+def example_clip(seed: int = 8) -> bytes:
+    """An mp4 of 8 to 12 seconds of the world of `vmod demo`: coloured shapes that appear, move, turn and leave."""
+    rng, world = np.random.default_rng(seed), shapes.WORLDS["plain"]
+    frames, events = shapes.script(rng, world)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        video.write(path, shapes.render(rng, world, frames, events), world.fps)
+        return path.read_bytes()
+
+
 # --- the server -------------------------------------------------------------------------------------------------------
 
 
@@ -139,13 +164,16 @@ class Server:
         self.streams, self.open = streams, 0
         self.model = ThreadPoolExecutor(1, "model")  # one stream at a time, and none of them in the way of the sockets
         self.app = Starlette(
-            routes=[Route("/", self.page), WebSocketRoute("/stream", self.stream)],
+            routes=[Route("/", self.page), Route("/clip.mp4", self.clip), WebSocketRoute("/stream", self.stream)],
             # Of other names, one might be an attacker's that leads here.
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
         )
 
     async def page(self, request: Any) -> FileResponse:
         return FileResponse(PAGE, headers={"Cache-Control": "no-store"})
+
+    async def clip(self, request: Any) -> Response:
+        return Response(await asyncio.to_thread(example_clip), media_type="video/mp4")
 
     async def stream(self, ws: WebSocket) -> None:
         """One stream, from its socket's opening to its end."""
@@ -191,6 +219,8 @@ class Server:
             "max_frames": session.engine.max_frames,
             "threshold": session.threshold,
             "window": 2 * session.width,  # as one call computes, another waits
+            "cls": self.lm.config.cls,
+            "grid": cells(self.lm.config),
         }
         await ws.send_json({"hello": hello})
         while True:

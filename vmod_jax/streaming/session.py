@@ -38,6 +38,7 @@ class Session:
     threshold: the model speaks after a frame when P(interval) < threshold or the interval is not its first choice.
     max_reply: a reply is cut after so many tokens (the text stays well-formed).
     width: frames that `push_many` computes in one call.
+    routing: whether `kept` is to say which tokens of each frame the routed layers computed.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Session:
         max_reply: int = 64,
         width: int = 8,
         announce: Callable[[str], None] = lambda line: None,
+        routing: bool = False,
     ):
         if min(width, max_reply) < 1:
             raise UserError(f"width {width} and max_reply {max_reply} must be at least 1")
@@ -61,6 +63,8 @@ class Session:
         self.turns: list[Turn] = []
         self.frames = 0
         self.silence: list[float] = []  # P(interval) after each frame
+        self.routing = routing
+        self.kept: list[dict[int, list[int]]] = []  # of each frame {layer: indices of its tokens}
         self._in_stream = False  # whether a "[" is open
         self._pending_ids: list[int] = []  # tokens that wait for the text behind them
         self._pending_text = fmt.opening(system)
@@ -127,6 +131,9 @@ class Session:
             count = shown.count if speaks is None else speaks + 1
             self.frames += count
             self.silence += silent[:count].tolist()
+            if self.routing:
+                layers = jax.device_get(shown.kept)
+                self.kept += [{layer: kept[0, i].tolist() for layer, kept in layers.items()} for i in range(count)]
             if speaks is not None and (too_many := shown.count + (ahead.count if ahead else 0) - count):
                 self.engine.forget_frames(too_many, self.fmt.interval_ids)
                 ahead = None
@@ -176,7 +183,7 @@ class Session:
         width = 1 if len(frames) == 1 else self.width
         logits = self.engine.send_frames(ids, frames, self.fmt.interval_ids, width)
         self._pending_ids, self._pending_text, self._in_stream = [], "", True
-        return _Shown(len(frames), *choices(logits, self.fmt.interval_id))
+        return _Shown(len(frames), *choices(logits, self.fmt.interval_id), self.engine.kept)
 
     def _answer_until(self, place: float) -> None:
         """Answers the questions of up to `place` frames."""
@@ -201,11 +208,15 @@ class Session:
 
 
 class _Shown(NamedTuple):
-    """`count` frames that were fed. silent, best: what `choices` says of them and of padding, perhaps not known yet."""
+    """`count` frames that were fed.
+
+    silent, best: what `choices` says of them and of padding; kept: {layer: i32[1, width, k]}. Perhaps not known yet.
+    """
 
     count: int
     silent: jax.Array
     best: jax.Array
+    kept: dict[int, jax.Array]
 
     def read(self, interval_id: int, threshold: float) -> tuple[np.ndarray, int | None]:
         """Waits for them: -> f32[m] P(interval), the index of the first after which the model wants to speak."""
