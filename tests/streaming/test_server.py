@@ -63,6 +63,25 @@ def hear(socket, frames):
     return {**report, **sums}
 
 
+def test_what_routed_layers_keep_is_told_of_each_frame(model, jpegs):
+    """As a whole sequence of the same tokens has it, however many frames a call had, and where replies roll back."""
+    live = Live(model, "Say something.", **OPTIONS)
+    told = [*live.take(jpegs[:1])["kept"], *live.take(jpegs[1:8])["kept"], *live.take(jpegs[8:])["kept"]]
+    frames = np.stack([picture(data, 24) for data in jpegs])
+    whole = model.routing([live.session.engine.input_ids], frames[None])
+    assert len(told) == len(frames)
+    assert len(whole) == 2
+    assert told == [{layer: np.asarray(kept[0, i]).tolist() for layer, (_, kept) in whole.items()} for i in range(12)]
+
+
+def test_the_clip_is_a_video(model):
+    with TestClient(Server(model, hosts=["localhost"], **OPTIONS).app, base_url=LOCALHOST) as client:
+        first, second = client.get("/clip.mp4"), client.get("/clip.mp4")
+    assert first.headers["content-type"] == "video/mp4"
+    assert first.content == second.content
+    assert first.content[4:8] == b"ftyp"
+
+
 def test_a_stream_is_the_session_of_its_frames(model, jpegs, connect):
     """Sent all at once, a question in the middle and the threshold changed after it; against one push a frame."""
     frames = [picture(data, 24) for data in jpegs]
@@ -85,7 +104,10 @@ def test_a_stream_is_the_session_of_its_frames(model, jpegs, connect):
 
     with connect() as socket:
         hello = socket.receive_json()["hello"]
-        assert hello == {"name": "tiny", "fps": 2.0, "size": 24, "max_frames": 20, "threshold": 0.6, "window": 8}
+        assert hello == {
+            "name": "tiny", "fps": 2.0, "size": 24, "max_frames": 20, "threshold": 0.6, "window": 8,
+            "cls": True, "grid": [3, 3],
+        }  # fmt: skip
         socket.send_json({"threshold": 0})
         for data in jpegs[:5]:
             socket.send_bytes(data)

@@ -90,7 +90,7 @@ class Script:
         logits[:, self.fmt.interval_id] = 50
         if frames is not None:
             logits[frames[0, :, 0, 0] > 0, 5] = 99
-        return logits, cache
+        return logits, {}, cache
 
     def decode(self, params, cache, logits, eos, limit):
         prefix = self.fmt.tokenize(self.fmt.assistant_prefix)
