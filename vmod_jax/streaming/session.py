@@ -183,7 +183,8 @@ class Session:
         width = 1 if len(frames) == 1 else self.width
         logits = self.engine.send_frames(ids, frames, self.fmt.interval_ids, width)
         self._pending_ids, self._pending_text, self._in_stream = [], "", True
-        return _Shown(len(frames), *choices(logits, self.fmt.interval_id), self.engine.kept)
+        silent, best = choices(logits, self.fmt.interval_id)
+        return _Shown(len(frames), silent, best, self.engine.kept)
 
     def _answer_until(self, place: float) -> None:
         """Answers the questions of up to `place` frames."""
