@@ -7,6 +7,7 @@ import pytest
 from vmod_jax.commands import bench as command
 from vmod_jax.errors import UserError
 from vmod_jax.machine import describe_machine, machine_line
+from vmod_jax.performance import device
 from vmod_jax.performance import harness as bench
 
 
@@ -92,6 +93,59 @@ def test_a_row_has_every_key_and_its_ratio():
     assert entry["remat"] == "full"
     assert entry["spread"] == 0.01
     assert entry["formula_ratio"] is None
+
+
+def test_a_row_is_in_the_file_when_it_is_measured_and_a_failure_is_a_row(tmp_path, capsys, caplog):
+    path = tmp_path / "there" / "rows.json"
+    rows, inside = bench.Rows(path), lambda: json.loads(path.read_text())["rows"]
+    rows.append(bench.row("one", "stream", 1.0, 2.0))
+    assert [entry["name"] for entry in inside()] == ["one"]
+    with rows.attempt("two", "peer"):
+        rows.append(bench.row("half of two", "peer", 1.0, 2.0))
+        raise RuntimeError("RESOURCE_EXHAUSTED: no room\nand more")
+    rows.extend([bench.row("three", "stream", 1.0, 4.0)])
+    assert [entry["name"] for entry in inside()] == ["one", "half of two", "two", "three"]
+    assert inside()[2]["error"] == "RuntimeError: RESOURCE_EXHAUSTED: no room"
+    assert inside()[2]["ratio"] is None
+    assert inside()[2].keys() >= inside()[0].keys()
+    assert "two could not be measured" in caplog.text
+    with pytest.raises(UserError), rows.attempt("four", "stream"):
+        raise UserError("what a user can mend")
+    rows.write({"backend": "blocked"})
+    assert json.loads(path.read_text())["backend"] == "blocked"
+    assert len(inside()) == 4
+    assert [file.name for file in path.parent.iterdir()] == ["rows.json"]
+    bench.print_table(rows, unit="s")
+    command.main(["summary", str(path)])
+    assert capsys.readouterr().out.count("RESOURCE_EXHAUSTED") == 2
+
+
+def test_a_borrowed_device_is_measured_part_by_part(tmp_path, monkeypatch, capsys):
+    """Each within its limit; what fails is a row; the same command goes on where it ended."""
+    programs = {
+        "good": device.Part("-m this", 1),
+        "bad": device.Part("-m no_such_module", 1),
+        "late": device.Part("-m timeit -n 1 -r 1 -s pass __import__('time').sleep(60)", 0.02),
+        "flags": device.Part("-m this", 1, device.DETERMINISTIC),
+    }
+    monkeypatch.setattr(device, "PARTS", programs)
+    monkeypatch.setattr(device, "LEAST", 0.5)
+    monkeypatch.setattr(device, "_machine", lambda: {"devices": ["NVIDIA H200"]})
+    command.main(["device", "--minutes", "1", "--out", str(tmp_path)])
+    folder = tmp_path / "nvidia-h200"
+    rows = {entry["name"]: entry for entry in json.loads((folder / "device.json").read_text())["rows"]}
+    assert "no_such_module" in rows["bad"]["error"]
+    assert "killed at its limit of 1 s" in rows["late"]["error"]
+    assert rows["good"]["ratio"] is not None is not rows["flags"]["ratio"]
+    assert "Zen of Python" in (folder / "good.log").read_text()
+    (folder / "good.log").unlink()
+    command.main(["device", "--minutes", "0", "--out", str(tmp_path)])
+    rows = {entry["name"]: entry for entry in json.loads((folder / "device.json").read_text())["rows"]}
+    assert not (folder / "good.log").exists()
+    assert rows["good"]["ratio"] is not None
+    assert "not begun" in rows["bad"]["error"]
+    with pytest.raises(UserError, match="there is no part x"):
+        command.main(["device", "--minutes", "1", "--out", str(tmp_path), "--parts", "x"])
 
 
 def test_a_table_says_where_and_how_times_were_taken(capsys):

@@ -78,6 +78,20 @@ def test_stream(tmp_path):
     assert [entry["kind"] for entry in results["rows"]].count("peer") == 2
 
 
+def test_a_part_that_fails_loses_nothing_else(tmp_path, monkeypatch):
+    def fails(*_):
+        raise KeyError("num_carry")
+
+    monkeypatch.setattr(train_step.Step, "carried_bytes", property(fails))
+    path = tmp_path / "rows.json"
+    command.main(["train-step", "--json", str(path), *TINY, "--streams", "5x6+20", "--rounds", "1", "--no-peer"])
+    rows = json.loads(path.read_text())["rows"]
+    assert [entry["kind"] for entry in rows] == [
+        "forward", "train_step", "limit", "limit", "carried", "memory", "memory_same_units",
+    ]  # fmt: skip
+    assert {entry["kind"]: entry["error"] for entry in rows if "error" in entry} == {"carried": "KeyError: 'num_carry'"}
+
+
 def test_a_gpu_without_room_for_pytorch_loses_nothing_else(tmp_path, monkeypatch, caplog):
     torch = pytest.importorskip("torch")
     pytest.importorskip("peft")

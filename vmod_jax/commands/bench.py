@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vmod_jax.errors import ArgumentParser, user_path
-from vmod_jax.performance.harness import write_json
+from vmod_jax.performance.harness import Rows
 
 
 class Measurement(NamedTuple):
-    """A module of `vmod_jax`, imported only when it is called: `add_arguments(parser)` and `run(args)`.
+    """A module of `vmod_jax`, imported only when it is called: `add_arguments(parser)` and `run(args, rows)`.
 
-    `run` prints its table and returns at least {"rows": [...]}, and whatever else belongs in the object.
+    `run` adds each row as soon as it is measured, prints its table and returns what else belongs in the object.
     """
 
     module: str
@@ -25,6 +25,7 @@ MEASUREMENTS = {
     "stream": Measurement("stream", "seconds a frame of a stream: MoD, full, int8 and PyTorch in turn"),
     "decode-video": Measurement("decode_video", "the video reader beside plain decoding"),
     "aot": Measurement("aot", "full-size steps compiled for TPUs and GPUs that are not here: memory, collectives"),
+    "device": Measurement("device", "all of these on a borrowed device, in order of worth, within some minutes"),
     "flops": Measurement("flops", "the paper's FLOPs column for any model and policy"),
     "summary": Measurement("summary", "a markdown table of results that --json has written"),
 }
@@ -41,7 +42,8 @@ def main(argv: Sequence[str]) -> None:
         if name in argv[:1]:
             importlib.import_module(f"vmod_jax.performance.{measurement.module}").add_arguments(options)
     args = parser.parse_args(argv)
-    results = importlib.import_module(f"vmod_jax.performance.{MEASUREMENTS[args.name].module}").run(args)
+    rows = Rows(args.json)
+    more = importlib.import_module(f"vmod_jax.performance.{MEASUREMENTS[args.name].module}").run(args, rows)
     if args.json is not None:
-        write_json(args.json, results)
+        rows.write(more)
         print(f"wrote {args.json}")

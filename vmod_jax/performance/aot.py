@@ -37,7 +37,7 @@ from vmod_jax.models.inference import merge_lora, to_int8, unstack
 from vmod_jax.models.kv_cache import num_bytes
 from vmod_jax.models.llama import NO_LORA, LlamaConfig, LoraConfig
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig, init_params, make_cache
-from vmod_jax.performance.harness import row
+from vmod_jax.performance.harness import Rows, row
 from vmod_jax.performance.setup import Stream, carried_ratio, flops_of_step, ratio_of_formula
 from vmod_jax.streaming.engine import Programs, frames_chunk
 from vmod_jax.training.config import defaults
@@ -115,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"which ones (all): {', '.join(CASES)}")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace, rows: Rows) -> dict[str, Any]:
     """Compiles each case under the method and under full compute, and holds one against the other.
 
     Where no case is named, all those whose compiler is installed. --quick: with the compiler's least effort, and where
@@ -128,14 +128,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     names = args.cases or [name for name in CASES if not missing[name]][: 1 if args.quick else None]
     for reason in filter(None, (missing[name] for name in names or CASES)):
         raise UserError(reason)  # before anything is compiled
-    rows, compiles = [], []
+    compiles = []
     for name in names:
         pair = {policy: compile_case(CASES[name], policy, -1.0 if args.quick else 0.0) for policy in ("full", "mod")}
         for policy, result in pair.items():
             compiles.append({"case": name, "policy": policy, **CASES[name]._asdict(), **result})
             print(f"{name} {policy}: {_line(result)}", flush=True)
-        rows += compare(name, CASES[name], pair["mod"], pair["full"])
-    return {"rows": rows, "compiles": compiles, "text_tokens": TEXT, "lora_rank": RANK}
+        rows.extend(compare(name, CASES[name], pair["mod"], pair["full"]))
+    return {"compiles": compiles, "text_tokens": TEXT, "lora_rank": RANK}
 
 
 def compare(name: str, case: Case, candidate: dict[str, Any], baseline: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import numpy as np
 from vmod_jax.machine import cores
 from vmod_jax.models.attention import BACKENDS, apart, cache_attention, causal_attention, choose
 from vmod_jax.models.video_lm import DTYPES
-from vmod_jax.performance.harness import interleave, pair, print_table, row
+from vmod_jax.performance.harness import Rows, interleave, pair, print_table, row
 from vmod_jax.performance.peer import available
 
 SIZES = (1536, 3072, 6144)
@@ -30,31 +30,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--backend", default="auto", choices=BACKENDS, help="the candidate (%(default)s: the device's)")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cache-only", action="store_true", help="leave out a sequence's attention to itself")
     parser.add_argument("--no-peer", action="store_true", help="leave PyTorch out")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace, rows: Rows) -> dict[str, Any]:
     dtype = DTYPES[args.dtype]
     backend = choose(args.backend, args.heads, args.kv_heads, args.width, dtype)
     seconds = 60 if args.quick else float("inf")
-    rows = []
     for size in args.sizes or (SIZES[:2] if args.quick else SIZES):
         for what, functions in contenders(args, size, dtype, backend).items():
-            outs = {name: function() for name, function in functions.items()}
-            times = interleave(functions, args.rounds, seconds=seconds, about=f"{size} {what}")
-            off = max(map(_off, jax.tree.leaves(outs[backend]), jax.tree.leaves(outs["reference"])))
-            for name in functions:
-                if name != backend:
-                    kind = "peer" if name == "PyTorch" else "attention"
-                    common = {"dtype": args.dtype, "size": size, "apart_from_reference": off}
-                    rows.append(
-                        row(f"{size} {what} {backend}/{name}", kind, **pair(times[backend], times[name]), **common)
-                    )
+            with rows.attempt(f"{size} {what}", "attention"):
+                outs = {name: function() for name, function in functions.items()}
+                times = interleave(functions, args.rounds, seconds=seconds, about=f"{size} {what}")
+                off = max(map(_off, jax.tree.leaves(outs[backend]), jax.tree.leaves(outs["reference"])))
+                for name in functions:
+                    if name != backend:
+                        kind = "peer" if name == "PyTorch" else "attention"
+                        common = {"dtype": args.dtype, "size": size, "apart_from_reference": off}
+                        rows.append(
+                            row(f"{size} {what} {backend}/{name}", kind, **pair(times[backend], times[name]), **common)
+                        )
     print_table(rows, unit="s")
     check = apart(backend, args.heads, args.kv_heads, args.width, dtype)
     print("packed and padded rows, and a chunk against a cache, from the reference in float32:", end=" ")
     print(", ".join(f"{name} {value:.1e}" for name, value in check.items()))
-    return {"rows": rows, "backend": backend, "apart_on_packed_and_padded": check}
+    return {"backend": backend, "apart_on_packed_and_padded": check}
 
 
 def _off(x: Any, y: Any) -> float:
@@ -87,7 +88,7 @@ def contenders(args: argparse.Namespace, size: int, dtype: Any, backend: str) ->
     if available() and not args.no_peer:
         for what, function in _torch(args, (q, k, v)).items():
             out[what]["PyTorch"] = function
-    return out
+    return {"against a cache": out["against a cache"]} if args.cache_only else out
 
 
 def _torch(args: argparse.Namespace, qkv: tuple[Any, ...]) -> dict[str, Any]:

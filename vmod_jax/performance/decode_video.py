@@ -15,7 +15,7 @@ import numpy as np
 
 from vmod_jax.data import video
 from vmod_jax.errors import user_path
-from vmod_jax.performance.harness import interleave, pair, print_table, row
+from vmod_jax.performance.harness import Rows, interleave, pair, print_table, row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,16 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=9)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace, rows: Rows) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         if args.videos:
             files = args.videos
         else:
             files = [Path(folder) / "made.mp4"]
             video.write(files[0], _moving(20 * 25, 720, 1280), 25.0)
-        rows = [_compare(args, path) for path in files]
+        rows.extend(_compare(args, path) for path in files)
     print_table(rows, unit="s")
-    return {"rows": rows}
+    return {}
 
 
 def _moving(count: int, height: int, width: int) -> Iterator[np.ndarray]:

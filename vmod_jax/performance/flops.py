@@ -9,7 +9,7 @@ from vmod_jax.errors import UserError, user_path
 from vmod_jax.models import flops
 from vmod_jax.models.depth import POLICIES, kept_counts, make_policy
 from vmod_jax.models.llama import LlamaConfig
-from vmod_jax.performance.harness import print_table, row
+from vmod_jax.performance.harness import Rows, print_table, row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", type=float, default=0.2, help="share of tokens that routed layers keep (%(default)s)")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace, rows: Rows) -> dict[str, Any]:
     """TFLOPs of every named policy as the paper counts them (tables 1 and 3), computed, not measured.
 
     The rows' `formula_ratio` is that of a training step without rematerialisation, attention included.
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     layers = config.num_hidden_layers
     kept = {name: kept_counts(make_policy(name, layers, args.keep), args.tokens) for name in POLICIES}
     tflops = {name: flops.linear_flops(config, counts, *stream) / 1e12 for name, counts in kept.items()}
-    rows = [
+    rows.extend(
         row(
             name,
             "flops",
@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             kept_per_layer=counts,
         )
         for name, counts in kept.items()
-    ]
+    )
     print(f"{layers} layers, {args.frames} frames x {args.tokens} tokens, {args.text} text tokens, LoRA {args.lora}")
     print_table(rows, unit="TFLOPs")
-    return {"rows": rows, "policies": tflops}
+    return {"policies": tflops}
 
 
 def read_llama_config(path: Path) -> LlamaConfig:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from vmod_jax.models import llama
 from vmod_jax.models.layout import add_rows, compact, find_frames, take_rows
 from vmod_jax.models.video_lm import DTYPES, VideoLMConfig
-from vmod_jax.performance.harness import interleave, pair, print_table, row
+from vmod_jax.performance.harness import Rows, interleave, pair, print_table, row
 from vmod_jax.performance.setup import Stream, add_model_arguments, make_batch, make_config, make_params
 from vmod_jax.performance.train_step import QUICK, STREAMS, read_stream
 
@@ -26,10 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace, rows: Rows) -> dict[str, Any]:
     args.layers = 1
     seconds = 90 if args.quick else float("inf")
-    rows = []
     for stream in args.streams or [read_stream(text) for text in (QUICK if args.quick else STREAMS)]:
         config = make_config(args, "all", stream.tokens)
         for what, functions in contenders(config, stream).items():
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 )
             )  # fmt: skip
     print_table(rows, unit="s")
-    return {"rows": rows}
+    return {}
 
 
 def contenders(config: VideoLMConfig, stream: Stream) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vmod_jax.errors import UserError, user_path
 from vmod_jax.machine import machine_line
+from vmod_jax.performance.harness import Rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=user_path, metavar="F", help="write the table to this file")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints the table, or writes it; -> {"rows": all rows}."""
+def run(args: argparse.Namespace, rows: Rows) -> dict[str, Any]:
+    """Prints the table, or writes it."""
     results = [(path, _read(path)) for path in args.files]
     text = table(results)
     if args.out:
@@ -24,7 +25,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"wrote {args.out}")
     else:
         print(text, end="")
-    return {"rows": [entry for _, result in results for entry in result["rows"]]}
+    rows.extend(entry for _, result in results for entry in result["rows"])
+    return {}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def _cells(name: str, entry: dict[str, Any]) -> list[str]:
     number = lambda value, form: "" if value is None else format(value, form)  # noqa: E731
     stream = [entry[key] for key in ("tokens_per_frame", "frames", "text_tokens")]
     return [
-        entry["name"],
+        entry["name"] + (f": {entry['error']}" if entry.get("error") else ""),
         entry["kind"],
         number(entry["candidate"], ".4g"),
         number(entry["baseline"], ".4g"),

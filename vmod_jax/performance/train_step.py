@@ -21,7 +21,7 @@ from jax import lax
 from vmod_jax.errors import UserError
 from vmod_jax.models.depth import FULL, segments
 from vmod_jax.models.video_lm import VideoLM, VideoLMConfig
-from vmod_jax.performance.harness import interleave, pair, print_table, row
+from vmod_jax.performance.harness import Rows, interleave, pair, print_table, row
 from vmod_jax.performance.jaxprs import stacked
 from vmod_jax.performance.peer import Peer, available, unless_full
 from vmod_jax.performance.setup import (
@@ -140,87 +140,85 @@ def bytes_in_units_of(config: VideoLMConfig, dense: VideoLMConfig, params: Any, 
         return Step(dense, params, batch).temporary_bytes
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace, rows: Rows) -> dict[str, Any]:
     """Rows and, for each stream, losses of all contenders and whether steps repeat to the bit."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with PyTorch
     streams = args.streams or [read_stream(text) for text in (QUICK if args.quick else STREAMS)]
     peer_wanted = not args.no_peer
     if peer_wanted and not available():
         raise UserError("the peer needs PyTorch: pip install 'vmod_jax[torch]', or leave it out with --no-peer")
-    rows, checks = [], []
+    checks = []
     for stream in streams:
-        new_rows, check = compare(args, stream, peer_wanted)
-        rows += new_rows
-        checks.append(check)
+        with rows.attempt(f"{stream} MoD/full", "train_step"):
+            checks.append(compare(args, stream, peer_wanted, rows))
     print_table(rows, unit="s or MiB")
-    return {"rows": rows, "checks": checks}
+    return {"checks": checks}
 
 
-def compare(args: argparse.Namespace, stream: Stream, with_peer: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def compare(args: argparse.Namespace, stream: Stream, with_peer: bool, rows: Rows) -> dict[str, Any]:
+    """Adds the rows of one stream, the most wanted first; -> {stream, losses, bit_equal, left_out}."""
     config = make_config(args, args.policy, stream.tokens)
     dense = make_config(args, "full", stream.tokens)
     params, batch = make_params(config), make_batch(config, stream)
     steps = {"mod": Step(config, params, batch), "full": Step(dense, params, batch)}
-    contenders: dict[str, Callable[[], Any]] = {name: step.step for name, step in steps.items()}
     losses = {name: step.forward() for name, step in steps.items()}
-    same_bits = {name: step.repeats() for name, step in steps.items()}
     seconds = 80 if args.quick else float("inf")
-    forwards = {name: step.forward for name, step in steps.items()}
-    forward = interleave(forwards, args.rounds, seconds=seconds, about=f"{stream} forward")
-    products = MatrixProducts(dense, stream.size)
-    beside_products = contenders | {"products": products.run}
-    times = interleave(beside_products, args.rounds, seconds=seconds, about=f"{stream} train step")
-    beside: dict[str, list[float]] = {}
-    theirs: dict[str, Any] = {}
+    common: dict[str, Any] = {"dtype": config.dtype, "tokens": stream.size} | stream.row_keys()
     left_out: list[str] = []
-    if with_peer:  # afterwards, in fewer rounds: the two above lie closer together
-        with unless_full(left_out), Peer(dense, params, training=True) as peer:
+    check = {"stream": str(stream), "losses": losses, "left_out": left_out}
+
+    with rows.attempt(f"{stream} forward MoD/full", "forward"):
+        forwards = {name: step.forward for name, step in steps.items()}
+        forward = interleave(forwards, args.rounds, seconds=seconds, about=f"{stream} forward")
+        formula = ratio_of_formula(config, stream, "forward")
+        measured = pair(forward["mod"], forward["full"])
+        rows.append(row(f"{stream} forward MoD/full", "forward", **measured, formula_ratio=formula, **common))
+
+    contenders: dict[str, Callable[[], Any]] = {name: step.step for name, step in steps.items()}
+    with rows.attempt(f"{stream} train step MoD/full", "train_step"):
+        products = MatrixProducts(dense, stream.size)
+        beside_products = contenders | {"products": products.run}
+        times = interleave(beside_products, args.rounds, seconds=seconds, about=f"{stream} train step")
+        formula = ratio_of_formula(config, stream, config.remat)
+        measured = pair(times["mod"], times["full"]) | {"formula_ratio": formula, "remat": config.remat}
+        rows.append(row(f"{stream} train step MoD/full", "train_step", **measured, **common))
+        for name, about, model in (("full", "dense", dense), ("mod", "MoD", config)):
+            # Over the seconds of its FLOPs at the rate of the products beside it: 2 is half of that rate.
+            flops = flops_of_step(model, stream, batch["label"].size)
+            measured = pair(times[name], [each * flops / products.flops for each in times["products"]])
+            rate = flops / measured["baseline"] / 1e12
+            named = f"{stream} {about}/matrix products"
+            rows.append(row(named, "limit", **measured, matmul_tflops=rate, remat=config.remat, **common))
+
+    check["bit_equal"] = {name: step.repeats() for name, step in steps.items()}
+    mib = {name: step.temporary_bytes / 2**20 for name, step in steps.items()}
+    share: dict[str, Any] = {"formula_ratio": carried_ratio(config, stream), "remat": config.remat}
+    held: list[tuple[str, str, Callable[[], list[float]]]] = [
+        ("carried MoD/full", "carried", lambda: [steps[name].carried_bytes / 2**20 for name in ("mod", "full")]),
+        ("memory MoD/full", "memory", lambda: [mib["mod"], mib["full"]]),
+        (
+            "memory MoD/full in the same units", "memory_same_units",
+            lambda: [mib["mod"], bytes_in_units_of(config, dense, params, batch) / 2**20],
+        ),
+    ]  # fmt: skip
+    for about, kind, both in held:
+        with rows.attempt(f"{stream} {about}", kind):
+            mod, full = both()
+            rows.append(row(f"{stream} {about}", kind, mod, full, **share, **common))
+
+    if with_peer:  # at the end, in fewer rounds: the two above lie closer together
+        with (
+            rows.attempt(f"{stream} dense/PyTorch", "peer"),
+            unless_full(left_out),
+            Peer(dense, params, training=True) as peer,
+        ):
             # PyTorch's checkpoints compute attention again; they are what its users have.
             theirs = {"peer": f"PyTorch, {peer.attention} attention, dense", "remat": config.remat}
             placed = peer.place(batch)
             losses["peer"] = peer.step(placed)
             contenders["peer"] = lambda: peer.step(placed)
             beside = interleave(contenders, min(args.rounds, 3), seconds=seconds, about=f"{stream} beside PyTorch")
-
-    common: dict[str, Any] = {"dtype": config.dtype, "tokens": stream.size} | stream.row_keys()
-    mib = {name: step.temporary_bytes / 2**20 for name, step in steps.items()}
-    dense_units = bytes_in_units_of(config, dense, params, batch) / 2**20
-    carried = {name: step.carried_bytes / 2**20 for name, step in steps.items()}
-
-    def limit(name: str, about: str, model: VideoLMConfig) -> dict[str, Any]:
-        """A step over the seconds of its FLOPs at the rate of the products beside it: 2 is half of that rate."""
-        flops = flops_of_step(model, stream, batch["label"].size)
-        measured = pair(times[name], [each * flops / products.flops for each in times["products"]])
-        rate = flops / measured["baseline"] / 1e12
-        named = f"{stream} {about}/matrix products"
-        return row(named, "limit", **measured, matmul_tflops=rate, remat=config.remat, **common)
-
-    rows = [
-        row(
-            f"{stream} forward MoD/full", "forward", **pair(forward["mod"], forward["full"]),
-            formula_ratio=ratio_of_formula(config, stream, "forward"), **common,
-        ),
-        row(
-            f"{stream} train step MoD/full", "train_step", **pair(times["mod"], times["full"]),
-            formula_ratio=ratio_of_formula(config, stream, config.remat), remat=config.remat, **common,
-        ),
-        limit("full", "dense", dense),
-        limit("mod", "MoD", config),
-        row(
-            f"{stream} carried MoD/full", "carried", carried["mod"], carried["full"],
-            formula_ratio=carried_ratio(config, stream), remat=config.remat, **common,
-        ),
-        row(
-            f"{stream} memory MoD/full", "memory", mib["mod"], mib["full"],
-            formula_ratio=carried_ratio(config, stream), remat=config.remat, **common,
-        ),
-        row(
-            f"{stream} memory MoD/full in the same units", "memory_same_units", mib["mod"], dense_units,
-            formula_ratio=carried_ratio(config, stream), remat=config.remat, **common,
-        ),
-    ]  # fmt: skip
-    if beside:
-        for name, about in (("full", "dense"), ("mod", "MoD")):
-            measured = pair(beside[name], beside["peer"])
-            rows.append(row(f"{stream} {about}/PyTorch", "peer", **measured, **common, **theirs))
-    return rows, {"stream": str(stream), "losses": losses, "bit_equal": same_bits, "left_out": left_out}
+            for name, about in (("full", "dense"), ("mod", "MoD")):
+                measured = pair(beside[name], beside["peer"])
+                rows.append(row(f"{stream} {about}/PyTorch", "peer", **measured, **common, **theirs))
+    return check
