@@ -213,7 +213,7 @@ def compare(args: argparse.Namespace, stream: Stream, with_peer: bool, rows: Row
             Peer(dense, params, training=True) as peer,
         ):
             # PyTorch's checkpoints compute attention again; they are what its users have.
-            theirs = {"peer": f"PyTorch, {peer.attention} attention, dense", "remat": config.remat}
+            theirs: dict[str, Any] = {"peer": f"PyTorch, {peer.attention} attention, dense", "remat": config.remat}
             placed = peer.place(batch)
             losses["peer"] = peer.step(placed)
             contenders["peer"] = lambda: peer.step(placed)
