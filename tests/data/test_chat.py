@@ -74,7 +74,7 @@ class Recorder:
 
     def __init__(self, programs, params, max_frames, announce, chunk):
         self.fmt, self.speak_after, self.replies, self.max_frames = *params, max_frames
-        self.ids, self.shown = [], 0
+        self.ids, self.shown, self.kept = [], 0, {}
 
     def send_frames(self, ids, frames, interval, width=1):
         n = self.fmt.tokens_per_frame

@@ -10,6 +10,7 @@ import pytest
 from vmod_jax.errors import UserError
 from vmod_jax.performance import aot
 from vmod_jax.performance.aot import CASES, TARGETS, _line, collective_bytes, compare, cuda_plugin, library
+from vmod_jax.performance.harness import Rows
 
 # A loop of 3 around a loop of 8 in steps of 2, as the TPU's compiler writes them.
 TEXT = """\
@@ -146,7 +147,7 @@ def test_without_a_compiler_nothing_is_begun(monkeypatch):
     monkeypatch.setattr(aot, "compile_case", lambda case, *_: begun.append(case.target) or {"fits": False, "error": ""})
     monkeypatch.setattr(aot, "library", lambda: "libtpu.so")
     monkeypatch.setattr(aot, "cuda_plugin", lambda: False)
-    run = lambda *cases, quick=False: aot.run(argparse.Namespace(cases=list(cases), quick=quick))  # noqa: E731
+    run = lambda *cases, quick=False: aot.run(argparse.Namespace(cases=list(cases), quick=quick), Rows())  # noqa: E731
     run()
     assert {TARGETS[target].platform for target in begun} == {"tpu"}
     begun.clear()

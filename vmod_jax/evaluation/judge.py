@@ -119,6 +119,9 @@ class Judge(NamedTuple):
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 return str(json.load(response)["choices"][0]["message"]["content"] or "")
+        except urllib.error.HTTPError as error:
+            with error:  # it holds the connection
+                raise UserError(f"the judge at {address} does not answer ({error})") from None
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise UserError(f"the judge at {address} does not answer ({error})") from error
 

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vmod_jax.errors import UserError
+from vmod_jax.errors import UserError, user_path
 from vmod_jax.performance.harness import Rows, failed_row, print_table, row
 
 LEAST = 20  # seconds: with less left no part is begun
@@ -66,7 +66,7 @@ QUICK = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, required=True, metavar="N", help="for all parts together")
-    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--out", type=user_path, default=Path("results"), metavar="DIR", help="(%(default)s)")
     about = f"these alone, of {', '.join(PARTS)} (with --quick of {', '.join(QUICK)})"
     parser.add_argument("--parts", nargs="+", metavar="PART", help=about)
 
